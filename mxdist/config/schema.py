@@ -1,0 +1,272 @@
+"""Every setting of a run, with its meaning, its unit and its bounds.
+
+One frozen pydantic model per section. Unknown keys are errors (``load`` adds the suggestion). A rule that spans
+sections lives in ``Config`` so that it is checked before Ray or torch is imported.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+PositiveSeconds = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    name: str = Field("run", pattern=r"^[\w.-]+$", description="Names the default run directory and the loggers' run.")
+    dir: Path | None = Field(None, description="Run directory; default runs/<name>-<date>-<time>.")
+    seed: int = Field(0, ge=0, description="Every random draw of the run derives from it.")
+    steps: PositiveInt = Field(100, description="Reinforcement-learning steps (optimizer updates of one batch).")
+    eval_every: int = Field(0, ge=0, description="Evaluate every so many steps besides start and end; 0: only those.")
+    checkpoint_every: int = Field(0, ge=0, description="Checkpoint every so many steps besides the end; 0: only then.")
+
+
+class ModelConfig(Section):
+    """A Qwen3 shape with random initial weights, in Hugging Face's names. ``num_experts`` 0 is the dense model."""
+
+    hidden_size: PositiveInt = 128
+    num_hidden_layers: PositiveInt = 2
+    num_attention_heads: PositiveInt = 4
+    num_key_value_heads: PositiveInt = 2
+    head_dim: PositiveInt = 32
+    num_experts: int = Field(8, ge=0)
+    num_experts_per_tok: PositiveInt = 2
+    moe_intermediate_size: PositiveInt = 64
+    intermediate_size: PositiveInt = Field(256, description="Feed-forward width of the dense model.")
+    max_position_embeddings: PositiveInt = Field(64, description="Context: prompt and answer together, in tokens.")
+    rope_theta: PositiveFloat = 10_000.0
+    rms_norm_eps: PositiveFloat = 1e-6
+    initializer_range: PositiveFloat = Field(0.02, description="Standard deviation of the random initial weights.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of activations and unquantised weights.")
+
+    @model_validator(mode="after")
+    def _divides(self) -> "ModelConfig":
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_key_value_heads={self.num_key_value_heads} does not divide num_attention_heads="
+                             f"{self.num_attention_heads}; choose a divisor")
+        if self.num_experts and self.num_experts_per_tok > self.num_experts:
+            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts="
+                             f"{self.num_experts}; lower it")
+        for key in ("hidden_size", "moe_intermediate_size", "intermediate_size"):
+            if getattr(self, key) % 32:
+                raise ValueError(f"{key}={getattr(self, key)} is not a multiple of 32, the MXFP4 block; round it up")
+        if self.num_attention_heads * self.head_dim % 32:
+            raise ValueError(f"num_attention_heads * head_dim = {self.num_attention_heads * self.head_dim} is not a "
+                             f"multiple of 32, the MXFP4 block; change one of them")
+        return self
+
+
+class ArithmeticData(Section):
+    """Sums generated from the seed, with a held-out split no training ever sees."""
+
+    task: Literal["arithmetic"] = "arithmetic"
+    max_operand: int = Field(99, ge=9, le=9999, description="Operands are drawn from 0..max_operand.")
+    eval_problems: PositiveInt = Field(256, description="Held-out problems.")
+
+
+class Gsm8kData(Section):
+    """GSM8K as published: JSON lines with ``question`` and ``answer`` (a worked solution that ends in ``#### n``)."""
+
+    task: Literal["gsm8k"] = "gsm8k"
+    train: str = Field(description="Path of train.jsonl, or a Hugging Face dataset name such as openai/gsm8k.")
+    eval: str = Field(description="Path of test.jsonl, or a Hugging Face dataset name.")
+    eval_problems: PositiveInt = Field(1319, description="Evaluate on the first so many problems.")
+    vocab_size: int = Field(2048, ge=300, description="Size of the byte-level BPE vocabulary trained on the data.")
+    format_reward: Fraction = Field(0.1, description="Reward for an answer in the asked-for form, right or wrong.")
+
+
+DataConfig = Annotated[ArithmeticData | Gsm8kData, Field(discriminator="task")]
+
+
+class WarmStartConfig(Section):
+    """Supervised steps on worked answers before reinforcement learning, by the same learner."""
+
+    steps: int = Field(0, ge=0)
+    sequences: PositiveInt = Field(256, description="Sequences a step.")
+    lr: PositiveFloat = 2e-3
+
+
+class Algorithm(Section):
+    """What all algorithms share. The maths of each is one file in mxdist/learner/losses."""
+
+    prompts_per_step: PositiveInt = 32
+    samples_per_prompt: PositiveInt = Field(8, description="Group size.")
+    minibatches: PositiveInt = Field(1, description="Optimizer updates made of one rollout batch.")
+    tis_cap: PositiveFloat | None = Field(2.0, description="Cap of the token-level truncated importance weight "
+                                          "pi_learner / pi_rollout; null switches the correction off.")
+
+    @model_validator(mode="after")
+    def _splits(self) -> "Algorithm":
+        sequences = self.prompts_per_step * self.samples_per_prompt
+        if sequences % self.minibatches:
+            raise ValueError(f"minibatches={self.minibatches} does not divide the {sequences} sequences of a step")
+        if getattr(self, "name", "") != "supervised" and self.samples_per_prompt < 2:
+            raise ValueError("samples_per_prompt=1 leaves no group to compare with; use at least 2")
+        return self
+
+
+class Grpo(Algorithm):
+    """Group-relative policy optimisation (arXiv 2402.03300) with decoupled clipping."""
+
+    name: Literal["grpo"] = "grpo"
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.28
+
+
+class Dapo(Algorithm):
+    """DAPO (arXiv 2503.14476): token-level loss, decoupled clipping, dynamic sampling."""
+
+    name: Literal["dapo"] = "dapo"
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.28
+    max_extra_batches: int = Field(3, ge=0, description="Batches sampled beyond the first, at most, to replace "
+                                   "groups whose rewards are all equal.")
+
+
+class DrGrpo(Algorithm):
+    """Dr. GRPO (arXiv 2503.20783): no division by the group's deviation, none by the answer's length."""
+
+    name: Literal["dr_grpo"] = "dr_grpo"
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.28
+
+
+class Gspo(Algorithm):
+    """GSPO (arXiv 2507.18071): one length-normalised ratio a sequence, clipped as a whole."""
+
+    name: Literal["gspo"] = "gspo"
+    clip_low: PositiveFloat = 3e-4
+    clip_high: PositiveFloat = 4e-4
+
+
+class Rloo(Algorithm):
+    """REINFORCE with the leave-one-out baseline (arXiv 2402.14740)."""
+
+    name: Literal["rloo"] = "rloo"
+
+
+AlgorithmConfig = Annotated[Grpo | Dapo | DrGrpo | Gspo | Rloo, Field(discriminator="name")]
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    lr: PositiveFloat = 1e-6
+    warmup_steps: int = Field(0, ge=0, description="Linear warm-up of the learning rate, then constant.")
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(0.0, ge=0)
+    clip_grad: PositiveFloat = Field(1.0, description="Largest global norm of the gradient.")
+
+
+class LearnerConfig(Section):
+    ranks: PositiveInt = Field(2, description="Learner processes.")
+    expert_parallel: PositiveInt = Field(2, description="Ranks that share one set of experts.")
+    micro_batch: PositiveInt = Field(64, description="Sequences in one forward pass of one rank.")
+    port: int = Field(0, ge=0, le=65535, description="Port of the ranks' rendezvous; 0 takes a free one.")
+    cpus_per_rank: PositiveFloat = 0.5
+    gpus_per_rank: float = Field(0.0, ge=0)
+
+
+class RolloutConfig(Section):
+    workers: PositiveInt = 1
+    temperature: PositiveFloat = 1.0
+    max_new_tokens: PositiveInt = 8
+    max_lag: int = Field(0, ge=0, description="Learner updates a sampled answer may be behind; 0 is synchronous.")
+    max_sequences: PositiveInt = Field(256, description="Sequences an engine decodes together.")
+    kv_cache_mib: PositiveInt = 64
+    cpus_per_worker: PositiveFloat = 0.5
+    gpus_per_worker: float = Field(0.0, ge=0)
+
+
+class RewardConfig(Section):
+    workers: PositiveInt = 1
+
+
+class AqnConfig(Section):
+    """Adaptive quantisation noise: who decides sigma, and within which bounds."""
+
+    mode: Literal["disabled", "schedule", "entropy_band"] = "schedule"
+    sigma_start: PositiveFloat = 1e-2
+    sigma_end: PositiveFloat = 1e-3
+    stages: int = Field(10, ge=2, description="Equal stages of the run; the first is silent (arXiv 2510.11696).")
+    entropy_low: float = Field(0.1, ge=0, description="entropy_band: below this (nats a token) sigma rises.")
+    entropy_high: PositiveFloat = Field(0.5, description="entropy_band: above this sigma falls.")
+    gain: PositiveFloat = Field(1.25, gt=1, description="entropy_band: factor by which sigma rises or falls a step.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "AqnConfig":
+        if self.sigma_end > self.sigma_start:
+            raise ValueError(f"sigma_end={self.sigma_end} is above sigma_start={self.sigma_start}; swap them")
+        if self.entropy_low >= self.entropy_high:
+            raise ValueError(f"entropy_low={self.entropy_low} is not below entropy_high={self.entropy_high}")
+        return self
+
+
+class LogConfig(Section):
+    """Loggers beside metrics.jsonl."""
+
+    tensorboard: bool = False
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "mxdist"
+
+
+class ClusterConfig(Section):
+    address: str | None = Field(None, description="Ray cluster to join, such as auto; null starts one on this machine.")
+
+
+class DeadlineConfig(Section):
+    """Seconds that each named wait may take before the run stops and says who waited for whom."""
+
+    start: PositiveSeconds = 300
+    rollout: PositiveSeconds = 600
+    reward: PositiveSeconds = 300
+    update: PositiveSeconds = 600
+    sync: PositiveSeconds = 120
+    checkpoint: PositiveSeconds = 300
+    evaluate: PositiveSeconds = 900
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    recipe: Literal["bf16", "mxfp4", "mxfp4_mbs", "mxfp4_of", "mxfp4_mbs_of"] = "mxfp4_mbs_of"
+    data: DataConfig = ArithmeticData()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    algorithm: AlgorithmConfig = Grpo()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    learner: LearnerConfig = LearnerConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    aqn: AqnConfig = AqnConfig()
+    log: LogConfig = LogConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    deadlines: DeadlineConfig = DeadlineConfig()
+
+    @model_validator(mode="after")
+    def _layout(self) -> "Config":
+        ranks, experts = self.learner.ranks, self.model.num_experts
+        parallel = self.learner.expert_parallel
+        if ranks % parallel:
+            raise ValueError(f"learner.expert_parallel={parallel} does not divide learner.ranks={ranks}; "
+                             f"choose a divisor of {ranks}")
+        if experts == 0 and parallel > 1:
+            raise ValueError(f"learner.expert_parallel={parallel} needs experts, but model.num_experts is 0 "
+                             f"(a dense model); set learner.expert_parallel=1")
+        if experts and experts % parallel:
+            raise ValueError(f"learner.expert_parallel={parallel} does not divide model.num_experts={experts}; "
+                             f"choose a divisor of {experts}")
+        per_update = self.algorithm.prompts_per_step * self.algorithm.samples_per_prompt // self.algorithm.minibatches
+        if per_update % ranks:
+            raise ValueError(f"the {per_update} sequences of one update cannot be shared by learner.ranks={ranks}; "
+                             f"change algorithm.prompts_per_step or algorithm.samples_per_prompt")
+        if self.rollout.max_new_tokens >= self.model.max_position_embeddings:
+            raise ValueError(f"rollout.max_new_tokens={self.rollout.max_new_tokens} leaves no room for a prompt in "
+                             f"model.max_position_embeddings={self.model.max_position_embeddings}; lower the first")
+        return self

@@ -1,0 +1,21 @@
+"""Errors that are the user's to mend. Everything else is a bug and keeps its traceback."""
+
+
+class UserError(Exception):
+    """One sentence: what is wrong, where, and what to change. The command line prints it and exits with 2."""
+
+    exit_code = 2
+
+
+class RunStopped(Exception):
+    """A run that its own guards ended (parity, deadline, quantisation check). Exit code 1, one sentence."""
+
+    exit_code = 1
+
+
+class ParityError(RunStopped):
+    """Learner and engine disagree about quantised modules or about the bytes of a weight."""
+
+
+class DeadlineExceeded(RunStopped):
+    """A named wait between processes took longer than its deadline."""

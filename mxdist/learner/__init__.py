@@ -1,0 +1,1 @@
+"""Learner ranks: the training backends, the algorithms' losses, distributed checkpoints."""

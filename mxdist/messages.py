@@ -1,0 +1,182 @@
+"""What crosses a process boundary between controller, rollout workers, reward workers and learner ranks.
+
+Frozen dataclasses of plain Python values and numpy arrays: cheap to send, importable without torch.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+TensorKind = Literal["mx", "dense"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem. ``key`` is stable over the whole data set (it seeds the sampling of its answers)."""
+
+    key: str
+    tokens: tuple[int, ...]
+    reference: str  # the task's gold answer, for the reward
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Adaptive quantisation noise for one rollout batch: every rank of every engine draws the same from it."""
+
+    sigma: float  # absolute standard deviation added to norm weights; 0 means clean weights
+    seed: int
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How to sample. ``temperature`` 0 is greedy."""
+
+    samples_per_prompt: int
+    temperature: float
+    max_new_tokens: int
+    seed: int  # each sample's own seed is derived from this, the prompt's key and the sample's index
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    step: int
+    prompts: tuple[Prompt, ...]
+    sampling: SamplingSettings
+    noise: Noise
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled answer."""
+
+    tokens: np.ndarray  # int64 [response]
+    logprobs: np.ndarray  # float32 [response], of the sampled tokens under the sampling distribution
+    finished: bool  # False when the answer was cut off at max_new_tokens
+
+
+@dataclass(frozen=True)
+class Group:
+    """All answers to one prompt, sampled with one version of the weights."""
+
+    prompt: Prompt
+    samples: tuple[Sample, ...]
+    policy_version: int
+    sigma: float
+
+
+@dataclass(frozen=True)
+class EntropyStatistics:
+    """A sum over tokens and their number; statistics of several workers add up to the global mean."""
+
+    total: float = 0.0  # nats
+    tokens: int = 0
+
+    def __add__(self, other: "EntropyStatistics") -> "EntropyStatistics":
+        return EntropyStatistics(self.total + other.total, self.tokens + other.tokens)
+
+    @property
+    def mean(self) -> float:
+        """Nats per token; NaN when nothing was counted."""
+        return self.total / self.tokens if self.tokens else float("nan")
+
+
+@dataclass(frozen=True)
+class RolloutResult:
+    groups: tuple[Group, ...]
+    entropy: EntropyStatistics  # estimated from the sampled tokens' log-probabilities
+    seconds: float
+    perturbed_modules: int  # norms that carried noise while these were sampled
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """What a rollout engine says of itself once it is up."""
+
+    quantised_modules: tuple[str, ...]  # Hugging Face names of the quantised linears, sorted
+    noise_modules: tuple[str, ...]  # norms that adaptive quantisation noise will touch
+    weight_version: int
+    resident_mib: float
+
+
+@dataclass(frozen=True)
+class LearnerReport:
+    """What one learner rank says of itself once it is built."""
+
+    rank: int
+    quantised_modules: tuple[str, ...]  # Hugging Face names of the quantised linears this rank holds, sorted
+    parameters: int  # this rank's own
+    resident_mib: float
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """Sequences to learn from, right-padded. Index t of every [sequences, length] array belongs to token t."""
+
+    tokens: np.ndarray  # int64 [sequences, length]
+    response_mask: np.ndarray  # bool [sequences, length], True on tokens the policy produced
+    rollout_logprobs: np.ndarray  # float32 [sequences, length], 0 outside the mask
+    advantages: np.ndarray  # float32 [sequences]
+    weights: np.ndarray  # float32 [sequences], weight of each response token in the objective
+    temperature: float = 1.0  # log-probabilities are taken of logits / temperature
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def rows(self, index: np.ndarray | slice) -> "TrainBatch":
+        return TrainBatch(self.tokens[index], self.response_mask[index], self.rollout_logprobs[index],
+                          self.advantages[index], self.weights[index], self.temperature)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A weighted sum and its weight; partial means of ranks and micro-batches add up."""
+
+    total: float
+    weight: float
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    @property
+    def value(self) -> float:
+        return self.total / self.weight if self.weight else float("nan")
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """One learner rank's account of an update: partial means to be added over ranks, then rank-independent values."""
+
+    means: dict[str, Mean]
+    entropy: EntropyStatistics
+    grad_norm: float
+    learning_rate: float
+    seconds: dict[str, float]  # by phase
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a weight payload, under its Hugging Face name.
+
+    ``kind`` "mx": parts are the packed MXFP4 arrays (codes, scales, ...), all uint8.
+    ``kind`` "dense": one part, "values".
+    """
+
+    name: str
+    kind: TensorKind
+    shape: tuple[int, ...]
+    parts: dict[str, np.ndarray]
+    checksums: dict[str, int]  # by part, of what the learner computes with
+
+
+@dataclass(frozen=True)
+class WeightPayload:
+    """The tensors one learner rank owns; the payloads of all ranks together are the whole model."""
+
+    version: int
+    recipe: dict[str, object]  # Recipe.to_dict(); an engine of another recipe refuses the payload
+    entries: tuple[TensorEntry, ...] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for entry in self.entries for part in entry.parts.values())

@@ -1,0 +1,55 @@
+"""The resolved shape of a model: configuration plus vocabulary, as a Hugging Face config."""
+
+from dataclasses import dataclass
+
+from mxdist.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model whose vocabulary is known. Every process builds its side of the model from this."""
+
+    config: ModelConfig
+    vocab_size: int
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+
+    @property
+    def is_moe(self) -> bool:
+        return self.config.num_experts > 0
+
+    def hf_config(self) -> dict[str, object]:
+        """The ``config.json`` of this shape, for transformers and vLLM (families qwen3_moe and qwen3)."""
+        config = self.config
+        common: dict[str, object] = {
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "max_position_embeddings": config.max_position_embeddings,
+            "rope_theta": config.rope_theta,
+            "rope_scaling": None,
+            "rms_norm_eps": config.rms_norm_eps,
+            "initializer_range": config.initializer_range,
+            "vocab_size": self.vocab_size,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "tie_word_embeddings": False,
+            "use_cache": True,
+            "torch_dtype": config.dtype,
+        }
+        if not self.is_moe:
+            return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
+                    "intermediate_size": config.intermediate_size, **common}
+        return {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
+                "intermediate_size": config.intermediate_size,
+                "moe_intermediate_size": config.moe_intermediate_size,
+                "num_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok,
+                "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+                "output_router_logits": False, **common}

@@ -1,0 +1,1 @@
+"""What a run shows and keeps: metrics, loggers, progress, log files."""

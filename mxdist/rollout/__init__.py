@@ -1,0 +1,1 @@
+"""Rollout workers: vLLM engines whose linears are this project's MXFP4 linears."""

@@ -1,0 +1,1 @@
+"""Tasks: problems, prompts, tokenizers built from them, and rewards."""
