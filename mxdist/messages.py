@@ -124,8 +124,14 @@ class TrainBatch:
         return len(self.tokens)
 
     def rows(self, index: np.ndarray | slice) -> "TrainBatch":
-        return TrainBatch(self.tokens[index], self.response_mask[index], self.rollout_logprobs[index],
-                          self.advantages[index], self.weights[index], self.temperature)
+        return TrainBatch(
+            self.tokens[index],
+            self.response_mask[index],
+            self.rollout_logprobs[index],
+            self.advantages[index],
+            self.weights[index],
+            self.temperature,
+        )
 
 
 @dataclass(frozen=True)

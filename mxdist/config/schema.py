@@ -47,17 +47,22 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _divides(self) -> "ModelConfig":
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_key_value_heads={self.num_key_value_heads} does not divide num_attention_heads="
-                             f"{self.num_attention_heads}; choose a divisor")
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} does not divide num_attention_heads="
+                f"{self.num_attention_heads}; choose a divisor"
+            )
         if self.num_experts and self.num_experts_per_tok > self.num_experts:
-            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts="
-                             f"{self.num_experts}; lower it")
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}; lower it"
+            )
         for key in ("hidden_size", "moe_intermediate_size", "intermediate_size"):
             if getattr(self, key) % 32:
                 raise ValueError(f"{key}={getattr(self, key)} is not a multiple of 32, the MXFP4 block; round it up")
         if self.num_attention_heads * self.head_dim % 32:
-            raise ValueError(f"num_attention_heads * head_dim = {self.num_attention_heads * self.head_dim} is not a "
-                             f"multiple of 32, the MXFP4 block; change one of them")
+            raise ValueError(
+                f"num_attention_heads * head_dim = {self.num_attention_heads * self.head_dim} is not a "
+                f"multiple of 32, the MXFP4 block; change one of them"
+            )
         return self
 
 
@@ -97,15 +102,18 @@ class Algorithm(Section):
     prompts_per_step: PositiveInt = 32
     samples_per_prompt: PositiveInt = Field(8, description="Group size.")
     minibatches: PositiveInt = Field(1, description="Optimizer updates made of one rollout batch.")
-    tis_cap: PositiveFloat | None = Field(2.0, description="Cap of the token-level truncated importance weight "
-                                          "pi_learner / pi_rollout; null switches the correction off.")
+    tis_cap: PositiveFloat | None = Field(
+        2.0,
+        description="Cap of the token-level truncated importance weight "
+        "pi_learner / pi_rollout; null switches the correction off.",
+    )
 
     @model_validator(mode="after")
     def _splits(self) -> "Algorithm":
         sequences = self.prompts_per_step * self.samples_per_prompt
         if sequences % self.minibatches:
             raise ValueError(f"minibatches={self.minibatches} does not divide the {sequences} sequences of a step")
-        if getattr(self, "name", "") != "supervised" and self.samples_per_prompt < 2:
+        if not isinstance(self, Supervised) and self.samples_per_prompt < 2:
             raise ValueError("samples_per_prompt=1 leaves no group to compare with; use at least 2")
         return self
 
@@ -124,8 +132,9 @@ class Dapo(Algorithm):
     name: Literal["dapo"] = "dapo"
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.28
-    max_extra_batches: int = Field(3, ge=0, description="Batches sampled beyond the first, at most, to replace "
-                                   "groups whose rewards are all equal.")
+    max_extra_batches: int = Field(
+        3, ge=0, description="Batches sampled beyond the first, at most, to replace groups whose rewards are all equal."
+    )
 
 
 class DrGrpo(Algorithm):
@@ -148,6 +157,14 @@ class Rloo(Algorithm):
     """REINFORCE with the leave-one-out baseline (arXiv 2402.14740)."""
 
     name: Literal["rloo"] = "rloo"
+
+
+class Supervised(Algorithm):
+    """Negative log-likelihood of given answers: the warm start. No choice for ``algorithm.name``."""
+
+    name: Literal["supervised"] = "supervised"
+    samples_per_prompt: PositiveInt = 1
+    tis_cap: None = None
 
 
 AlgorithmConfig = Annotated[Grpo | Dapo | DrGrpo | Gspo | Rloo, Field(discriminator="name")]
@@ -254,19 +271,28 @@ class Config(Section):
         ranks, experts = self.learner.ranks, self.model.num_experts
         parallel = self.learner.expert_parallel
         if ranks % parallel:
-            raise ValueError(f"learner.expert_parallel={parallel} does not divide learner.ranks={ranks}; "
-                             f"choose a divisor of {ranks}")
+            raise ValueError(
+                f"learner.expert_parallel={parallel} does not divide learner.ranks={ranks}; choose a divisor of {ranks}"
+            )
         if experts == 0 and parallel > 1:
-            raise ValueError(f"learner.expert_parallel={parallel} needs experts, but model.num_experts is 0 "
-                             f"(a dense model); set learner.expert_parallel=1")
+            raise ValueError(
+                f"learner.expert_parallel={parallel} needs experts, but model.num_experts is 0 "
+                f"(a dense model); set learner.expert_parallel=1"
+            )
         if experts and experts % parallel:
-            raise ValueError(f"learner.expert_parallel={parallel} does not divide model.num_experts={experts}; "
-                             f"choose a divisor of {experts}")
+            raise ValueError(
+                f"learner.expert_parallel={parallel} does not divide model.num_experts={experts}; "
+                f"choose a divisor of {experts}"
+            )
         per_update = self.algorithm.prompts_per_step * self.algorithm.samples_per_prompt // self.algorithm.minibatches
         if per_update % ranks:
-            raise ValueError(f"the {per_update} sequences of one update cannot be shared by learner.ranks={ranks}; "
-                             f"change algorithm.prompts_per_step or algorithm.samples_per_prompt")
+            raise ValueError(
+                f"the {per_update} sequences of one update cannot be shared by learner.ranks={ranks}; "
+                f"change algorithm.prompts_per_step or algorithm.samples_per_prompt"
+            )
         if self.rollout.max_new_tokens >= self.model.max_position_embeddings:
-            raise ValueError(f"rollout.max_new_tokens={self.rollout.max_new_tokens} leaves no room for a prompt in "
-                             f"model.max_position_embeddings={self.model.max_position_embeddings}; lower the first")
+            raise ValueError(
+                f"rollout.max_new_tokens={self.rollout.max_new_tokens} leaves no room for a prompt in "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}; lower the first"
+            )
         return self

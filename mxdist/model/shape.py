@@ -45,11 +45,22 @@ class ModelShape:
             "torch_dtype": config.dtype,
         }
         if not self.is_moe:
-            return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
-                    "intermediate_size": config.intermediate_size, **common}
-        return {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
+            return {
+                "architectures": ["Qwen3ForCausalLM"],
+                "model_type": "qwen3",
                 "intermediate_size": config.intermediate_size,
-                "moe_intermediate_size": config.moe_intermediate_size,
-                "num_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok,
-                "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
-                "output_router_logits": False, **common}
+                **common,
+            }
+        return {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "intermediate_size": config.intermediate_size,
+            "moe_intermediate_size": config.moe_intermediate_size,
+            "num_experts": config.num_experts,
+            "num_experts_per_tok": config.num_experts_per_tok,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "output_router_logits": False,
+            **common,
+        }
