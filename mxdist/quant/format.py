@@ -1,0 +1,107 @@
+"""The MXFP4 format: E2M1 elements, E8M0 block scales, their bits, and the rule from block maximum to scale.
+
+Facts (OCP MX v1.0; facts 1.1, 1.2): an element is 4 bits, sign + 2 exponent bits + 1 mantissa bit, with the
+magnitudes of `E2M1_VALUES`; a block of 32 elements shares one E8M0 byte c, the scale 2^(c - 127); c = 255 is NaN.
+This project stores zero as code 0 only (never code 8, minus zero): equal values then have equal bytes, which is
+what checksums and the "codes changed" count compare.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mxdist.quant.recipe import ScaleRule
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitude of codes 0..7; bit 3 of a code is the sign."""
+E2M1_MAX = 6.0
+E2M1_TIES = ((0.25, 0.0), (0.75, 1.0), (1.25, 1.0), (1.75, 2.0), (2.5, 2.0), (3.5, 4.0), (5.0, 4.0))
+"""The seven decision points and the magnitude each rounds to: ties go to the even code."""
+
+E8M0_BIAS = 127
+E8M0_NAN = 255
+E8M0_MIN, E8M0_MAX = 1, 252
+"""Codes that are written: exponents -126..125, so that 6 * 2^e and 2^-e are normal float32 numbers."""
+
+TILE = 128
+"""Elements along K whose block scales are kept within `TILE_SPAN` binades of their largest."""
+TILE_SPAN = 14
+"""E2M1 * 2^r is an E4M3 number for 15 consecutive r, hence a whole tile is exact in E4M3 (kernels.md 0.1)."""
+
+FLOAT32_MANTISSA_BITS = 23
+FLOAT32_EXPONENT_MASK = 0x7F800000
+
+SCALE_CARRY = {ScaleRule.FLOOR: 0, ScaleRule.CEIL: 0x3FFFFF, ScaleRule.EVEN: 0x200000}
+"""Added to the bits of a block maximum m = 1.f * 2^E so that they carry into the exponent when the rule asks for the
+next power of two: CEIL when 1.f > 1.5 (m > 6 scale units), EVEN when 1.f >= 1.75, FLOOR never. BEST starts as CEIL."""
+
+
+def e8m0_from_absmax(absmax: Tensor, rule: ScaleRule) -> Tensor:
+    """Return the int32 E8M0 codes, within [E8M0_MIN, E8M0_MAX], for block maxima (float32, finite, >= 0).
+
+    Integer arithmetic on the float's bits: no logarithm, so the same on every device. Source: facts 1.2.
+    """
+    carry = SCALE_CARRY[ScaleRule.CEIL if rule is ScaleRule.BEST else rule]
+    codes = absmax.contiguous().view(torch.int32).add(carry).bitwise_right_shift_(FLOAT32_MANTISSA_BITS)
+    return codes.sub_(2).clamp_(E8M0_MIN, E8M0_MAX)
+
+
+def e8m0_encode(scales: Tensor) -> Tensor:
+    """Return the uint8 codes of scales that are powers of two 2^-126..2^127 (float32), NaN becoming 255.
+
+    ValueError when a scale is not such a power of two.
+    """
+    bits = scales.to(torch.float32).contiguous().view(torch.int32)
+    codes = bits >> FLOAT32_MANTISSA_BITS
+    codes = torch.where(torch.isnan(scales), E8M0_NAN, codes)
+    if not torch.equal(e8m0_decode(codes.to(torch.uint8)).nan_to_num(-1.0), scales.float().nan_to_num(-1.0)):
+        raise ValueError("E8M0 holds powers of two from 2^-126 to 2^127 only.")
+    return codes.to(torch.uint8)
+
+
+def e8m0_decode(codes: Tensor) -> Tensor:
+    """Return the float32 scales 2^(c - 127) of integer codes; code 0 is the subnormal 2^-127, 255 is NaN."""
+    wide = codes.to(torch.int32)
+    bits = wide << FLOAT32_MANTISSA_BITS
+    bits = torch.where(wide == 0, 1 << (FLOAT32_MANTISSA_BITS - 1), bits)
+    return torch.where(wide == E8M0_NAN, 0x7FC00000, bits).view(torch.float32)
+
+
+def e2m1_encode(values: Tensor) -> Tensor:
+    """Return the uint8 codes 0..15 of values on the E2M1 grid (float32), zero of either sign becoming 0.
+
+    A float32 on the grid has its code in its top bits: 1.m * 2^e is code 2 (e + 1) + m for e >= 0, and 0.5 is code 1.
+    Values off the grid give a wrong code, not an error: round first.
+    """
+    bits = values.contiguous().view(torch.int32)
+    magnitude = (bits & 0x7FFFFFFF) >> 22
+    magnitude = magnitude.sub_(2 * E8M0_BIAS - 2).clamp_(min=0)  # 1.0 -> 2, and 0.5 (0 by this count) -> 0
+    magnitude += (bits & 0x7FFFFFFF) == 0x3F000000
+    sign = ((bits < 0) & (magnitude > 0)).to(torch.int32) << 3
+    return (magnitude | sign).to(torch.uint8)
+
+
+def e2m1_decode(codes: Tensor) -> Tensor:
+    """Return the float32 values of integer codes 0..15; code 8 is -0.0."""
+    table = torch.tensor(_SIGNED_VALUES, device=codes.device)
+    return table[codes.to(torch.int32)]
+
+
+def e2m1_decode_packed(packed: Tensor) -> Tensor:
+    """Return the float32 values [..., 2n] of packed bytes [..., n]: one look-up for two elements."""
+    table = torch.tensor([(low, high) for high in _SIGNED_VALUES for low in _SIGNED_VALUES], device=packed.device)
+    return table.index_select(0, packed.flatten().to(torch.int32)).view(*packed.shape[:-1], -1)
+
+
+_SIGNED_VALUES = (*E2M1_VALUES, *(-value for value in E2M1_VALUES))
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Pack uint8 codes [..., 2n] into bytes [..., n]: element 2j in the low nibble, 2j + 1 in the high one."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Inverse of `pack_nibbles`: bytes [..., n] to uint8 codes [..., 2n]."""
+    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)

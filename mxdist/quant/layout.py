@@ -1,0 +1,62 @@
+"""From a tensor of any shape to rows of blocks and back, and the checks on what may be quantised at all.
+
+Everything in this package works on `blocks` [rows, K / block, block] in float32: the last axis of the tensor is the
+GEMM's contraction axis K, all leading axes are rows, and K is padded with zeros to whole blocks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def check_dtype(x: Tensor, name: str) -> None:
+    """ValueError unless `x` is a real floating-point tensor with at least one axis."""
+    if not x.is_floating_point():
+        raise ValueError(f"{name} has dtype {x.dtype}: only real floating-point tensors can be quantised.")
+    if x.dim() == 0:
+        raise ValueError(f"{name} is a scalar: quantising needs at least one axis to cut into blocks.")
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """View or copy [..., K] as [rows, K]; also for zero rows, where torch cannot infer the -1."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def to_blocks(rows: Tensor, block: int) -> Tensor:
+    """Return float32 blocks [rows, ceil(K / block), block] of [rows, K]; the padding is zeros. May share memory."""
+    count, k = rows.shape
+    blocks = -(-k // block)
+    values = rows.to(torch.float32)
+    if blocks * block != k:
+        values = F.pad(values, (0, blocks * block - k))
+    return values.reshape(count, blocks, block)
+
+
+def per_block(per_group: Tensor, group: int, block: int, blocks: int) -> Tensor:
+    """Repeat values [rows, ceil(K / group)] shared by `group` elements: one for each block, [rows, blocks]."""
+    if per_group.shape[-1] == 1:
+        return per_group.expand(-1, blocks)
+    return per_group.repeat_interleave(group // block, dim=-1)[..., :blocks]
+
+
+def group_max(per_block_values: Tensor, group: int, block: int) -> Tensor:
+    """Return the maximum [rows, ceil(K / group)] of non-negative block values over `group` consecutive elements."""
+    rows, blocks = per_block_values.shape
+    width = group // block
+    if blocks <= width:
+        return per_block_values.amax(-1, keepdim=True)
+    if blocks % width:
+        per_block_values = F.pad(per_block_values, (0, width - blocks % width))
+    return per_block_values.view(rows, -1, width).amax(-1)
+
+
+def raise_nonfinite(x: Tensor, name: str) -> None:
+    """ValueError naming the tensor and the position of its first NaN or Inf, if it has one."""
+    bad = ~torch.isfinite(x)
+    if bad.any():
+        position = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"{name} of shape {tuple(x.shape)} holds {x[position].item()} at position {position}.")
