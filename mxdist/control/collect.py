@@ -1,0 +1,149 @@
+"""Finished, scored groups for the learner: what is sampled ahead, how it is scored, which groups are kept."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mxdist.aqn.controller import AqnController
+from mxdist.config import Config
+from mxdist.config.schema import Dapo
+from mxdist.control.batch import ScoredGroup
+from mxdist.control.groups import RolloutPool, merge_results
+from mxdist.control.processes import Process
+from mxdist.control.waits import Pending, wait_for
+from mxdist.messages import EntropyStatistics, Group, Noise, Prompt, RolloutResult, SamplingSettings
+from mxdist.seeds import derive_seed
+from mxdist.tasks.base import Cursor, Task
+
+
+class RewardPool:
+    """Reward workers; groups are shared among them."""
+
+    def __init__(self, processes: Sequence[Process], config: Config, task: Task) -> None:
+        self._processes = list(processes)
+        self._deadline = config.deadlines.reward
+        self._task = task
+
+    def score(self, groups: Sequence[Group], doing: str) -> list[ScoredGroup]:
+        count = len(self._processes)
+        pending = [
+            process.call(doing, "score", self._items(groups[index::count]))
+            for index, process in enumerate(self._processes)
+        ]
+        scored: list[ScoredGroup | None] = [None] * len(groups)
+        for index, results in enumerate(wait_for(pending, self._deadline, "reward")):
+            share, results = groups[index::count], iter(results)
+            scored[index::count] = [self._scored(group, [next(results) for _ in group.samples]) for group in share]
+        return [group for group in scored if group is not None]
+
+    def _items(self, groups: Sequence[Group]) -> list[tuple[str, str, str]]:
+        return [
+            (group.prompt.key, self._task.tokenizer.decode(sample.tokens), group.prompt.reference)
+            for group in groups
+            for sample in group.samples
+        ]
+
+    @staticmethod
+    def _scored(group: Group, results: Sequence) -> ScoredGroup:  # type: ignore[type-arg]
+        parts = {name: sum(r.parts[name] for r in results) / len(results) for name in results[0].parts}
+        return ScoredGroup(group, tuple(result.total for result in results), parts)
+
+
+@dataclass
+class _Submitted:
+    step: int
+    cursor_before: Cursor
+    prompts: list[Prompt]
+    noise: Noise
+    pending: list[Pending]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Everything one learner update is made of, and what it cost."""
+
+    scored: list[ScoredGroup]
+    entropy: EntropyStatistics
+    noise: Noise
+    perturbed_modules: int
+    rollout_seconds: float
+    extra_batches: int
+    without_signal: int  # groups kept whose rewards are all equal
+
+
+@dataclass
+class Collector:
+    """Keeps ``rollout.max_lag`` batches sampled ahead of the learner, and hands out the oldest.
+
+    Batch t is submitted once the weights of version t - max_lag are on their way to the engines. Engines run calls in
+    order, so no answer is ever staler than that; with max_lag 0 the loop is synchronous.
+    """
+
+    config: Config
+    task: Task
+    pool: RolloutPool
+    rewards: RewardPool
+    aqn: AqnController
+    cursor: Cursor
+    _ahead: deque[_Submitted] = field(default_factory=deque)
+
+    def submit_through(self, step: int) -> None:
+        """Submit every batch up to that of ``step`` that is not yet submitted."""
+        first = self._ahead[-1].step + 1 if self._ahead else self._next
+        for number in range(first, step + 1):
+            self._ahead.append(self._submit(number, 0))
+            self._next = number + 1
+
+    def start_at(self, step: int) -> None:
+        self._next = step
+
+    def collect(self, step: int) -> Collected:
+        """Wait for the batch of ``step``, score it and, for DAPO, sample more until enough groups have signal."""
+        batch = self._ahead.popleft()
+        assert batch.step == step, f"expected the batch of step {step}, got that of {batch.step}"
+        algorithm = self.config.algorithm
+        wanted, extra_allowed = algorithm.prompts_per_step, 0
+        if isinstance(algorithm, Dapo):
+            extra_allowed = algorithm.max_extra_batches
+        kept, silent = [], []
+        results: list[RolloutResult] = []
+        for extra in range(extra_allowed + 1):
+            if extra:
+                batch = self._submit(step, extra)
+            result = self._finish(batch)
+            results.append(result)
+            for group in self.rewards.score(result.groups, f"reward of step {step}"):
+                (kept if group.has_signal or not extra_allowed else silent).append(group)
+            if len(kept) >= wanted:
+                break
+        without = max(wanted - len(kept), 0)
+        return Collected(
+            scored=(kept + silent)[:wanted],
+            entropy=sum((result.entropy for result in results), EntropyStatistics()),
+            noise=batch.noise,
+            perturbed_modules=min(result.perturbed_modules for result in results),
+            rollout_seconds=sum(result.seconds for result in results),
+            extra_batches=len(results) - 1,
+            without_signal=without if extra_allowed else sum(not group.has_signal for group in kept),
+        )
+
+    def resume_cursor(self) -> Cursor:
+        """The data position from which a resumed run draws the same prompts again: those sampled ahead included."""
+        return self._ahead[0].cursor_before if self._ahead else self.cursor
+
+    def _submit(self, step: int, extra: int) -> _Submitted:
+        config, run_seed = self.config, self.config.run.seed
+        before = self.cursor
+        prompts, self.cursor = self.task.draw(before, config.algorithm.prompts_per_step)
+        noise = self.aqn.noise(step, run_seed)
+        sampling = SamplingSettings(
+            samples_per_prompt=config.algorithm.samples_per_prompt,
+            temperature=config.rollout.temperature,
+            max_new_tokens=config.rollout.max_new_tokens,
+            seed=derive_seed(run_seed, "rollout", step, extra),
+        )
+        pending = self.pool.generate(step, prompts, sampling, noise, f"rollout of step {step}")
+        return _Submitted(step, before, prompts, noise, pending)
+
+    def _finish(self, batch: _Submitted) -> RolloutResult:
+        return merge_results(wait_for(batch.pending, self.config.deadlines.rollout, "rollout"))

@@ -1,0 +1,164 @@
+"""The training loop. Everything a run does, top to bottom; synchronous training is ``rollout.max_lag`` 0.
+
+    submit prompts -> rollouts -> rewards -> advantages -> update -> sync -> (evaluate) -> (checkpoint)
+
+The loop waits in three places, each with a deadline: for the oldest rollout batch, for the learner's update, and for
+the check of the last weight sync. With ``max_lag`` k it has k batches being sampled while the learner trains.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from mxdist import __version__
+from mxdist.aqn.controller import AqnController
+from mxdist.config import Config
+from mxdist.config.schema import Supervised
+from mxdist.control.batch import Answered, build_batch, pad_sequences, token_weights
+from mxdist.control.checkpoints import CheckpointStore, ControllerState
+from mxdist.control.collect import Collected, Collector, RewardPool
+from mxdist.control.groups import LearnerGroup, RolloutPool, merge_results
+from mxdist.control.schedule import learning_rate, warm_start_learning_rate
+from mxdist.control.step_metrics import step_metrics
+from mxdist.control.waits import wait_for
+from mxdist.control.weights import WeightSync
+from mxdist.learner.losses import get_objective
+from mxdist.messages import EntropyStatistics, Noise, SamplingSettings, UpdateReport
+from mxdist.model.shape import ModelShape
+from mxdist.observe.console import Console
+from mxdist.observe.loggers import Loggers
+from mxdist.seeds import derive_seed
+from mxdist.tasks.base import Task
+
+
+@dataclass
+class Trainer:
+    """One run. All processes are up and hold the same modules; see ``control.app`` for how they got there."""
+
+    config: Config
+    task: Task
+    shape: ModelShape
+    learners: LearnerGroup
+    pool: RolloutPool
+    rewards: RewardPool
+    sync: WeightSync
+    collector: Collector
+    aqn: AqnController
+    checkpoints: CheckpointStore
+    loggers: Loggers
+    console: Console
+
+    def __post_init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    def run(self, first_step: int, fresh: bool) -> None:
+        """Train from ``first_step``. ``fresh`` is False when a checkpoint was loaded."""
+        run = self.config.run
+        if fresh:
+            self._warm_start()
+        self.sync.push(first_step)
+        metrics = self.sync.check()
+        if fresh:
+            self.loggers.log(0, metrics | self._evaluate(0))
+            self._checkpoint(0)
+        self.collector.start_at(first_step)
+        for step in range(first_step, run.steps):
+            self._seconds = {}
+            metrics = self._train_step(step)
+            done = step + 1
+            last = done == run.steps
+            if last or (run.eval_every and done % run.eval_every == 0):
+                metrics |= self._evaluate(done)
+            if last or (run.checkpoint_every and done % run.checkpoint_every == 0):
+                self._checkpoint(done)
+            metrics |= {f"timing_s/{name}": seconds for name, seconds in self._seconds.items()}
+            self.loggers.log(done, metrics)
+            self.console.step(done, metrics)
+        self.sync.check()
+
+    def _train_step(self, step: int) -> dict[str, float]:
+        """One optimizer step (or ``algorithm.minibatches`` of them) on one batch of groups."""
+        config, started = self.config, time.monotonic()
+        with self._timed("rollout"):
+            self.collector.submit_through(min(step + config.rollout.max_lag, config.run.steps - 1))
+            collected = self.collector.collect(step)
+        with self._timed("update"):
+            reports = self._update(step, collected)
+        with self._timed("sync"):
+            sync_metrics = self.sync.check()
+            self.sync.push(step + 1)
+            if config.rollout.max_lag == 0:
+                sync_metrics = self.sync.check()
+        entropy = sum((report.entropy for report in reports), EntropyStatistics())
+        self.aqn.observe(step, entropy)
+        seconds = self._seconds["step"] = time.monotonic() - started
+        return step_metrics(step, collected, reports, entropy, seconds) | sync_metrics
+
+    def _update(self, step: int, collected: Collected) -> list[UpdateReport]:
+        config = self.config
+        batch = build_batch(
+            collected.scored,
+            get_objective(config.algorithm),
+            config.algorithm.minibatches,
+            config.rollout.max_new_tokens,
+            self.shape.pad_token_id,
+            config.rollout.temperature,
+        )
+        lr = learning_rate(config.optimizer, step)
+        return self.learners.update(batch, config.algorithm, lr, f"update of step {step}")
+
+    def _warm_start(self) -> None:
+        """Supervised steps on the task's demonstrations, by the same learner."""
+        section, pad = self.config.warm_start, self.shape.pad_token_id
+        algorithm = Supervised(prompts_per_step=section.sequences)
+        objective = get_objective(algorithm)
+        for step in range(section.steps):
+            pairs = self.task.demonstrations(derive_seed(self.config.run.seed, "warm start", step), section.sequences)
+            sequences = [
+                Answered(prompt, np.asarray(answer), np.zeros(len(answer), dtype=np.float32))
+                for prompt, answer in pairs
+            ]
+            lengths = np.array([len(sequence.response) for sequence in sequences])
+            weights = token_weights(objective, lengths, 1, int(lengths.max()))
+            batch = pad_sequences(sequences, np.zeros(len(sequences)), weights, pad, temperature=1.0)
+            lr = warm_start_learning_rate(section, step)
+            reports = self.learners.update(batch, algorithm, lr, f"warm start step {step}")
+            loss = sum((report.means["warm_start/loss"] for report in reports[1:]), reports[0].means["warm_start/loss"])
+            self.console.warm_start(step + 1, section.steps, loss.value)
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Greedy accuracy on the held-out problems, with the quantised weights and no noise."""
+        with self._timed("eval"):
+            accuracy = greedy_accuracy(self.config, self.task, self.pool, self.rewards)
+        self.console.note(f"step {step}: greedy accuracy {accuracy:.3f} on {len(self.task.eval_prompts())} problems")
+        return {"eval/accuracy": accuracy}
+
+    def _checkpoint(self, step: int) -> None:
+        with self._timed("checkpoint"):
+            state = ControllerState(
+                step=step,
+                cursor=self.collector.resume_cursor().state(),
+                aqn=self.aqn.state(),
+                recipe=self.config.recipe,
+                mxdist_version=__version__,
+            )
+            self.checkpoints.write(state, self.learners.save)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._seconds[name] = time.monotonic() - started
+
+
+def greedy_accuracy(config: Config, task: Task, pool: RolloutPool, rewards: RewardPool) -> float:
+    """Share of the held-out problems whose greedy answer is right, with clean weights."""
+    prompts = task.eval_prompts()
+    sampling = SamplingSettings(1, temperature=0.0, max_new_tokens=config.rollout.max_new_tokens, seed=0)
+    pending = pool.generate(-1, prompts, sampling, Noise(0.0, 0), "evaluation")
+    result = merge_results(wait_for(pending, config.deadlines.evaluate, "evaluate"))
+    scored = rewards.score(result.groups, "reward of the evaluation")
+    return float(np.mean([group.parts["accuracy"] for group in scored]))

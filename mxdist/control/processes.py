@@ -1,0 +1,206 @@
+"""The processes of a run: Ray, and one actor for each learner rank, rollout engine and reward worker.
+
+Workers are plain classes elsewhere in the package; ``WorkerProcess`` hosts one of them, named by its import path, so
+that the controller never imports Megatron-core or vLLM.
+"""
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from mxdist.config import Config
+from mxdist.control.waits import Pending, wait_for
+from mxdist.errors import UserError
+from mxdist.model.shape import ModelShape
+
+LEARNER = "mxdist.learner.worker:LearnerWorker"
+ROLLOUT = "mxdist.rollout.worker:RolloutWorker"
+REWARD = "mxdist.tasks.reward_worker:RewardWorker"
+
+# Set before the workers import anything; each line is a library that would otherwise pick its own.
+WORKER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # ranks and engines share the cores; one thread each is fastest
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCHDYNAMO_DISABLE": "1",  # vLLM would compile a helper with inductor for half a minute
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the rollout worker's own process
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "NCCL_NVLS_ENABLE": "0",
+    "PYTHONWARNINGS": "ignore",
+    # glibc hands freed pages back, and every large tensor then faults its pages in again: a third of a CPU step.
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+REWARD_WORKER_CPUS = 0.25
+OBJECT_STORE_BYTES = 512 << 20
+
+
+class WorkerProcess:
+    """Runs one worker object in a process of its own."""
+
+    def __init__(self) -> None:
+        logging.disable(logging.WARNING)  # third-party chatter; errors still reach Ray's worker logs
+        self._worker: Any = None
+
+    def construct(self, path: str, *arguments: Any) -> None:
+        """Make the worker. ``path`` is "module:Class", imported here and nowhere else."""
+        module, name = path.split(":")
+        self._worker = getattr(import_module(module), name)(*arguments)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._worker, method)(*arguments)
+
+    def call_with_list(self, method: str, *items: Any) -> Any:
+        """Call ``method`` with one list. Ray resolves references only when they are arguments of their own."""
+        return getattr(self._worker, method)(list(items))
+
+    def rendezvous(self, wanted_port: int) -> str | None:
+        """tcp://host:port on this node, with a free port for 0; None when the wanted port is taken."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, wanted_port))
+            except OSError:
+                return None
+            return f"tcp://{host}:{probe.getsockname()[1]}"
+
+
+class Process:
+    """The controller's side of one ``WorkerProcess``. Its calls carry its name, for messages."""
+
+    def __init__(self, name: str, cpus: float, gpus: float) -> None:
+        self.name = name
+        self._actor = ray.remote(WorkerProcess).options(num_cpus=cpus, num_gpus=gpus, max_restarts=0).remote()
+
+    def construct(self, path: str, *arguments: Any) -> Pending:
+        return self._pending("start", self._actor.construct.remote(path, *arguments))
+
+    def rendezvous(self, wanted_port: int) -> Pending:
+        return self._pending("start", self._actor.rendezvous.remote(wanted_port))
+
+    def call(self, doing: str, method: str, *arguments: Any) -> Pending:
+        return self._pending(doing, self._actor.call.remote(method, *arguments))
+
+    def call_with_list(self, doing: str, method: str, items: Iterable[Any]) -> Pending:
+        return self._pending(doing, self._actor.call_with_list.remote(method, *items))
+
+    def kill(self) -> None:
+        ray.kill(self._actor)
+
+    def _pending(self, doing: str, ref: "ray.ObjectRef") -> Pending:
+        return Pending(ref, self.name, doing, time.monotonic())
+
+
+def cpus_wanted(config: Config) -> float:
+    learner, rollout = config.learner, config.rollout
+    return (
+        learner.ranks * learner.cpus_per_rank
+        + rollout.workers * rollout.cpus_per_worker
+        + config.reward.workers * REWARD_WORKER_CPUS
+    )
+
+
+def gpus_wanted(config: Config) -> float:
+    learner, rollout = config.learner, config.rollout
+    return learner.ranks * learner.gpus_per_rank + rollout.workers * rollout.gpus_per_worker
+
+
+def start_ray(config: Config) -> None:
+    """Start Ray on this machine, or join the cluster of ``cluster.address``, and check that the run fits.
+
+    Raises:
+        UserError: the cluster cannot be reached, or has fewer CPUs or GPUs than the layout asks for.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    common: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": {"env_vars": dict(WORKER_ENVIRONMENT)},
+    }
+    if config.cluster.address is None:
+        # Logical CPUs: the actors share whatever cores there are.
+        logical = max(int(cpus_wanted(config)) + 1, os.cpu_count() or 1)
+        common["runtime_env"]["env_vars"]["GLOO_SOCKET_IFNAME"] = "lo"
+        ray.init(
+            num_cpus=logical,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _node_ip_address="127.0.0.1",  # nothing of a run on one machine listens beyond it
+            **common,
+        )
+    else:
+        try:
+            ray.init(address=config.cluster.address, **common)
+        except ConnectionError as error:
+            raise UserError(
+                f"no Ray cluster answers at cluster.address={config.cluster.address} ({error}); "
+                f"start one with 'ray start --head' or set cluster.address=null for this machine alone"
+            ) from None
+    have = ray.cluster_resources()
+    for kind, wanted in (("CPU", cpus_wanted(config)), ("GPU", gpus_wanted(config))):
+        if wanted > have.get(kind, 0) + 1e-6:
+            ray.shutdown()
+            raise UserError(
+                f"the layout asks for {wanted:g} {kind}s but Ray has {have.get(kind, 0):g}; lower learner.ranks, "
+                f"rollout.workers or their {kind.lower()}s, or add nodes"
+            )
+
+
+def start_learners(config: Config, shape: ModelShape) -> list[Process]:
+    """One process a rank, constructed but not built; rank 0's node holds the rendezvous.
+
+    Raises:
+        UserError: ``learner.port`` is taken on that node.
+    """
+    section, deadline = config.learner, config.deadlines.start
+    ranks = [
+        Process(f"learner rank {rank}", section.cpus_per_rank, section.gpus_per_rank) for rank in range(section.ranks)
+    ]
+    [rendezvous] = wait_for([ranks[0].rendezvous(section.port)], deadline, "start")
+    if rendezvous is None:
+        raise UserError(
+            f"learner.port={section.port} is taken on the learner's node; choose another, or 0 for any free"
+        )
+    wait_for(
+        [
+            process.construct(LEARNER, config, shape, rank, section.ranks, rendezvous)
+            for rank, process in enumerate(ranks)
+        ],
+        deadline,
+        "start",
+    )
+    return ranks
+
+
+def start_rollout_workers(config: Config, shape: ModelShape, recipe: str, model_dirs: Path) -> list[Process]:
+    """One engine a process, constructed but not started. ``model_dirs`` gets one model directory for each."""
+    section = config.rollout
+    workers = [
+        Process(f"rollout worker {index}", section.cpus_per_worker, section.gpus_per_worker)
+        for index in range(section.workers)
+    ]
+    wait_for(
+        [
+            worker.construct(ROLLOUT, config, shape, recipe, model_dirs / f"engine_{index}")
+            for index, worker in enumerate(workers)
+        ],
+        config.deadlines.start,
+        "start",
+    )
+    return workers
+
+
+def start_reward_workers(config: Config) -> list[Process]:
+    workers = [Process(f"reward worker {index}", REWARD_WORKER_CPUS, 0) for index in range(config.reward.workers)]
+    wait_for([worker.construct(REWARD, config) for worker in workers], config.deadlines.start, "start")
+    return workers

@@ -1,0 +1,56 @@
+"""The metrics of one training step, under the names that users of other systems compare curves by."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mxdist.control.collect import Collected
+from mxdist.messages import EntropyStatistics, UpdateReport
+
+
+def step_metrics(
+    step: int,
+    collected: Collected,
+    reports: Sequence[UpdateReport],
+    entropy: EntropyStatistics,
+    seconds: float,
+) -> dict[str, float]:
+    """Metrics of the step counted from 0 that took ``seconds`` from its submission to its sync."""
+    groups = collected.scored
+    samples = [sample for scored in groups for sample in scored.group.samples]
+    lengths = np.array([len(sample.tokens) for sample in samples])
+    rewards = np.array([scored.rewards for scored in groups])
+    staleness = np.array([step - scored.group.policy_version for scored in groups])
+    tokens = int(lengths.sum()) + sum(len(scored.group.prompt.tokens) * len(scored.group.samples) for scored in groups)
+    metrics = {
+        "actor/entropy": entropy.mean,
+        "actor/grad_norm": float(np.mean([report.grad_norm for report in reports])),
+        "actor/lr": reports[0].learning_rate,
+        "critic/rewards/mean": float(rewards.mean()),
+        "critic/rewards/max": float(rewards.max()),
+        "critic/rewards/min": float(rewards.min()),
+        "response_length/mean": float(lengths.mean()),
+        "response_length/max": float(lengths.max()),
+        "response_length/clip_ratio": float(np.mean([not sample.finished for sample in samples])),
+        "rollout/groups_without_signal": float(collected.without_signal),
+        "rollout/extra_batches": float(collected.extra_batches),
+        "rollout/entropy": collected.entropy.mean,
+        "off_policy/staleness/mean": float(staleness.mean()),
+        "off_policy/staleness/max": float(staleness.max()),
+        "aqn/sigma": collected.noise.sigma,
+        "aqn/perturbed_modules": float(collected.perturbed_modules),
+        "perf/throughput": tokens / seconds,
+        "timing_s/generate": collected.rollout_seconds,
+    }
+    for part in groups[0].parts:
+        metrics[f"reward/{part}"] = float(np.mean([scored.parts[part] for scored in groups]))
+    for name, total in _summed_means(reports).items():
+        metrics[name] = total
+    for phase in reports[0].seconds:
+        metrics[f"timing_s/{phase}"] = max(report.seconds[phase] for report in reports)
+    return metrics
+
+
+def _summed_means(reports: Sequence[UpdateReport]) -> dict[str, float]:
+    names = reports[0].means
+    return {name: sum((r.means[name] for r in reports[1:]), reports[0].means[name]).value for name in names}
