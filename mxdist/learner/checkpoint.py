@@ -1,0 +1,85 @@
+"""Model and optimizer in Megatron's distributed checkpoint format, which can be loaded on another layout of ranks."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+
+from mxdist.errors import UserError
+from mxdist.learner.policy import Policy
+from mxdist.model.megatron_cpu import host_device
+from mxdist.model.quantised_weight import forget, requantise
+from mxdist.model.shape import ModelShape
+
+SHAPE_FILE = "model_shape.json"
+
+
+def save(directory: Path, policy: Policy, shape: ModelShape, extra: dict[str, object]) -> None:
+    """Write into the existing, empty ``directory``; every rank must call it."""
+    with host_device():
+        state = {**_sharded_state(policy, is_loading=False), "extra": extra}
+        strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _data_parallel_group())
+        dist_checkpointing.save(state, str(directory), strategy)
+    if torch.distributed.get_rank() == 0:
+        (directory / SHAPE_FILE).write_text(json.dumps(_description(shape), indent=2) + "\n")
+    torch.distributed.barrier()
+
+
+def load(directory: Path, policy: Policy, shape: ModelShape) -> dict[str, object]:
+    """Replace the weights and the optimizer's state; returns what was given to ``save`` as ``extra``.
+
+    Raises:
+        UserError: the checkpoint is of a model of another shape.
+    """
+    _raise_if_other_model(directory, shape)
+    with host_device(), torch.no_grad():
+        forget(policy.model)
+        strategy = FullyParallelLoadStrategyWrapper(
+            get_default_load_sharded_strategy(str(directory)), _data_parallel_group())
+        state = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(directory), strategy)
+        policy.model.load_state_dict(state["model"])
+        policy.optimizer.load_state_dict(state["optimizer"])
+        requantise(policy.model)
+    return state["extra"]
+
+
+def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": _data_parallel_group(),
+    }
+    model = policy.model.sharded_state_dict(metadata=metadata)
+    return {"model": model,
+            "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)}
+
+
+def _data_parallel_group() -> torch.distributed.ProcessGroup:
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def _description(shape: ModelShape) -> dict[str, object]:
+    return {**shape.config.model_dump(), **{k: v for k, v in asdict(shape).items() if k != "config"}}
+
+
+def _raise_if_other_model(directory: Path, shape: ModelShape) -> None:
+    saved, wanted = json.loads((directory / SHAPE_FILE).read_text()), _description(shape)
+    # How weights were first drawn, and in which type they are computed with, is not part of a model's shape.
+    keys = [key for key in wanted if key not in ("initializer_range", "dtype") and saved.get(key) != wanted[key]]
+    if keys:
+        differences = ", ".join(f"{key} {saved.get(key)} there and {wanted[key]} here" for key in keys)
+        raise UserError(f"the checkpoint {directory} is of another model ({differences}); "
+                        f"use the settings it was made with")

@@ -1,0 +1,125 @@
+"""Our modules in a Megatron-core GPTModel: parallel linears and experts that compute with ``mx_linear``.
+
+Megatron offers two hooks and both are used as they are: a ``BackendSpecProvider`` says which classes a layer is built
+from, and ``finish_init`` hands every module the entry of the quantisation recipe that matches its path.
+"""
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.quantization.quant_config import QuantizationConfig, RecipeConfig
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from mxdist.model.experts import MxExperts
+from mxdist.model.quantised_weight import QuantisedWeight
+from mxdist.quant.linear import mx_linear
+from mxdist.quant.recipe import Recipe
+
+
+def quantise_every_linear(recipe: Recipe) -> RecipeConfig | None:
+    """Megatron's own recipe object, by which ``finish_init`` reaches all modules; None when nothing is quantised."""
+    if not recipe.quantises:
+        return None
+    return RecipeConfig.from_config_dict({
+        "configs": {"mx": recipe.to_dict()},
+        "matchers": {"all": {"type": "glob", "enabled": True, "pattern": "*", "config": "mx"}},
+    })
+
+
+class _MxLinear(QuantisedWeight):
+    """What the column and the row parallel linear share: the matrix product on this rank's part of the weight."""
+
+    def finish_init(self, quantization_config: QuantizationConfig | None) -> None:
+        self.recipe = None if quantization_config is None else Recipe.from_dict(quantization_config.config)
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *, bias: Tensor | None, allreduce_dgrad: bool,
+                      sequence_parallel: bool, tp_group: torch.distributed.ProcessGroup | None,
+                      **fusions: object) -> Tensor:
+        if self.recipe is None:
+            return super()._forward_impl(  # type: ignore[misc]
+                input, weight, bias=bias, allreduce_dgrad=allreduce_dgrad, sequence_parallel=sequence_parallel,
+                tp_group=tp_group, **fusions)
+        if sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, group=tp_group)
+        elif allreduce_dgrad:
+            input = copy_to_tensor_model_parallel_region(input, group=tp_group)
+        return mx_linear(input, weight, self.quantised_values(), self.recipe, bias)
+
+
+class MxColumnParallelLinear(_MxLinear, ColumnParallelLinear):
+    """Output features are divided over the tensor-parallel ranks."""
+
+
+class MxRowParallelLinear(_MxLinear, RowParallelLinear):
+    """Input features are divided over the tensor-parallel ranks."""
+
+
+class RmsNorm(torch.nn.RMSNorm):
+    """Root-mean-square norm that, unlike Megatron's torch wrapper, may be used under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        # Megatron sums the gradients of such parameters over the tensor-parallel ranks.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class MxSpecProvider(LocalSpecProvider):
+    """The modules of this project where Megatron asks for a linear, a norm or experts."""
+
+    def column_parallel_linear(self) -> type:
+        return MxColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        return MxRowParallelLinear
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:  # noqa: ARG002
+        return RmsNorm
+
+    def grouped_mlp_modules(
+        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool  # noqa: ARG002
+    ) -> tuple[type, MLPSubmodules]:
+        return MxExperts, MLPSubmodules(linear_fc1=MxColumnParallelLinear, linear_fc2=MxRowParallelLinear)
+
+
+def decoder_spec(layers: int, num_experts: int | None) -> TransformerBlockSubmodules:
+    """A Qwen3 decoder of ``layers`` equal layers; ``num_experts`` None is the dense model."""
+    backend = MxSpecProvider()
+    norm = backend.layer_norm(rms_norm=True)
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=norm,
+            k_layernorm=norm,
+        ),
+    )
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_cross_attn_layernorm=IdentityOp,
+            pre_mlp_layernorm=norm,
+            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=num_experts),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)

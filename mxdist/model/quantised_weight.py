@@ -1,0 +1,110 @@
+"""The quantised weight that a linear multiplies with: made from the master weight, once after every optimizer step.
+
+A module that has one is a ``QuantisedWeight``. Its forward, its backward and the export to the rollout engines use the
+same cached tensors, and a cache that no longer belongs to the master weight raises instead of being used.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from mxdist.quant.recipe import Recipe
+from mxdist.quant.reference import quantise
+from mxdist.quant.tensor import MXTensor
+
+
+class QuantisedWeight:
+    """Mixed into a linear module that has a ``weight`` parameter [out, in]. ``recipe`` None: high precision."""
+
+    weight: nn.Parameter
+    recipe: Recipe | None = None
+    _quantised: MXTensor | None = None
+    _values: Tensor | None = None
+    _made_from: tuple[int, int] | None = None
+    _fingerprint: int = 0
+
+    @property
+    def quantises_weight(self) -> bool:
+        return self.recipe is not None and self.recipe.w is not None
+
+    def store(self, quantised: MXTensor, values: Tensor) -> None:
+        """Take the quantised form of the present master weight.
+
+        Args:
+            quantised: of shape [out, in].
+            values: its dequantised values, in the dtype of the weight.
+        """
+        self._quantised, self._values = quantised, values
+        self._made_from = self._identity()
+        self._fingerprint = self._sum_of_bits()
+
+    def forget(self) -> None:
+        """The master weight is about to change."""
+        self._quantised = self._values = self._made_from = None
+
+    def quantised_values(self) -> Tensor | None:
+        """W_q [out, in] in the dtype of the weight; None when the recipe leaves weights alone."""
+        if not self.quantises_weight:
+            return None
+        self._raise_if_stale()
+        return self._values
+
+    def quantised(self) -> MXTensor:
+        """The packed form of what ``quantised_values`` returns, after looking at the master weight's bits as well."""
+        self._raise_if_stale()
+        assert self._quantised is not None
+        if self._sum_of_bits() != self._fingerprint:
+            raise RuntimeError(f"{self} has a new master weight: call requantise(model) before using it")
+        return self._quantised
+
+    def _identity(self) -> tuple[int, int]:
+        # Sees in-place changes through the parameter. The distributed optimizer writes past it, into the buffer that
+        # the parameter is a view of: ``forget_before_step`` covers that.
+        return self.weight._version, self.weight.data_ptr()
+
+    def _sum_of_bits(self) -> int:
+        return int(self.weight.detach().view(torch.int16).sum(dtype=torch.int64))
+
+    def _raise_if_stale(self) -> None:
+        if self._made_from != self._identity():
+            raise RuntimeError(f"the quantised weight of {self} is stale: call requantise(model) first")
+
+
+def quantised_weights(model: nn.Module) -> Iterator[QuantisedWeight]:
+    """The modules of ``model`` whose weight is quantised."""
+    for module in model.modules():
+        if isinstance(module, QuantisedWeight) and module.quantises_weight:
+            yield module
+
+
+@torch.no_grad()
+def requantise(model: nn.Module) -> None:
+    """Quantise every master weight anew.
+
+    Rows are independent of each other, so all weights of one width and operand are quantised in one call.
+    """
+    together: dict[tuple, list[QuantisedWeight]] = {}
+    for module in quantised_weights(model):
+        assert module.recipe is not None
+        key = (module.weight.shape[1], module.weight.dtype, module.recipe.w)
+        together.setdefault(key, []).append(module)
+    for (_, dtype, operand), modules in together.items():
+        quantised = quantise(torch.cat([module.weight for module in modules]), operand)
+        values = quantised.dequantise(dtype)
+        start = 0
+        for module in modules:
+            stop = start + len(module.weight)
+            module.store(quantised[start:stop], values[start:stop])
+            start = stop
+
+
+def forget(model: nn.Module) -> None:
+    """Drop every quantised weight: until ``requantise`` the model refuses to compute."""
+    for module in quantised_weights(model):
+        module.forget()
+
+
+def forget_before_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """From now on no step of ``optimizer`` can leave a stale quantised weight behind."""
+    optimizer.register_step_pre_hook(lambda *_: forget(model))
