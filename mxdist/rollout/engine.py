@@ -1,0 +1,90 @@
+"""The vLLM engine inside a rollout worker: built, and asked to generate. Import it only through `worker.prepare_vllm`.
+
+vLLM reads its environment variables while it is imported, so `worker.prepare_vllm` must have run first in the process.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.inputs import TokensPrompt
+from vllm.outputs import CompletionOutput
+
+from mxdist.config.schema import Config
+from mxdist.model.shape import ModelShape
+from mxdist.quant.recipe import Recipe
+from mxdist.rollout import vllm_plugin
+
+KV_BLOCK = 32
+"""Tokens in a block of the KV cache; the smallest the CPU attention takes, so that short prompts share blocks too."""
+
+
+def write_model_dir(model_dir: Path, shape: ModelShape, recipe: Recipe) -> None:
+    """Write the config.json from which vLLM builds the model. It holds no weights: those come by weight sync."""
+    model_dir.mkdir(parents=True, exist_ok=True)
+    quantisation = {"quant_method": vllm_plugin.METHOD_NAME, "recipe": recipe.to_dict()}
+    config = {**shape.hf_config(), "quantization_config": quantisation}
+    (model_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+class Engine:
+    """One in-process vLLM engine with zero weights, until some are loaded."""
+
+    def __init__(self, config: Config, model_dir: Path) -> None:
+        vllm_plugin.register()
+        self._llm = LLM(
+            model=str(model_dir),
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # none: every request says all it needs
+            load_format="dummy",
+            dtype=config.model.dtype,
+            enforce_eager=True,
+            max_model_len=config.model.max_position_embeddings,
+            max_num_seqs=config.rollout.max_sequences,
+            kv_cache_memory_bytes=config.rollout.kv_cache_mib << 20,
+            block_size=KV_BLOCK,
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",  # of the tempered distribution, the one that is sampled from
+            disable_log_stats=True,
+        )
+
+    @property
+    def model(self) -> nn.Module:
+        """The live model: this process holds all of it."""
+        [model] = self._llm.apply_model(lambda model: model)
+        return model
+
+    def generate(self, prompts: Sequence[tuple[int, ...]],
+                 sampling: Sequence[SamplingParams]) -> list[CompletionOutput]:
+        """One completion for each prompt, in their order."""
+        requests = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+        outputs = self._llm.generate(requests, list(sampling), use_tqdm=False)
+        return [output.outputs[0] for output in outputs]
+
+    def forget_prefixes(self) -> None:
+        """Drop cached keys and values: they were computed with other weights."""
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: requests are still running")
+
+    def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        cleanup_dist_env_and_memory()
+
+
+def sampling_params(temperature: float, max_tokens: int, eos_token_id: int, seed: int) -> SamplingParams:
+    """Parameters of one request. ``temperature`` 0 is greedy; no top-k, top-p or penalty, ever."""
+    return SamplingParams(
+        temperature=temperature,
+        max_tokens=max_tokens,
+        stop_token_ids=[eos_token_id],
+        seed=seed if temperature else None,
+        logprobs=0,  # of the sampled token alone
+        flat_logprobs=True,
+        detokenize=False,
+        skip_clone=True,
+    )
+

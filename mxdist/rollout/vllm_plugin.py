@@ -1,0 +1,72 @@
+"""vLLM's quantisation config "mxdist", registered through the entry point group ``vllm.general_plugins``.
+
+An engine uses it when its model directory's config.json says
+
+    "quantization_config": {"quant_method": "mxdist", "recipe": {...}}      (the recipe as Recipe.to_dict gives it)
+
+This file decides which layer gets which method; the methods are in ``methods``.
+"""
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+from mxdist.quant.recipe import Recipe
+from mxdist.rollout.methods import LiveEmbeddingMethod, LiveExpertsMethod, LiveLinearMethod, LiveRouterMethod
+
+METHOD_NAME = "mxdist"
+
+
+class MxdistConfig(QuantizationConfig):
+    """Gives every weight-bearing layer a method of ours, whatever the recipe.
+
+    Raises:
+        ValueError: the recipe draws random numbers or removes a mean in the forward pass, which no engine does.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        for operand in (recipe.x_fwd, recipe.w):
+            if operand is not None and (operand.needs_seed or operand.mean):
+                raise ValueError(f"recipe {recipe.name}: a rollout engine's forward pass takes neither seeds nor means")
+        self.recipe = recipe
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "MxdistConfig":
+        return cls(Recipe.from_dict(config["recipe"]))
+
+    def get_name(self) -> str:
+        return METHOD_NAME
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float32, torch.bfloat16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80  # bfloat16
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, VocabParallelEmbedding):  # embed_tokens and lm_head
+            return LiveEmbeddingMethod()
+        if isinstance(layer, RoutedExperts):
+            return LiveExpertsMethod(self.recipe, layer.moe_config)
+        if isinstance(layer, LinearBase):
+            return LiveRouterMethod() if prefix.endswith(".mlp.gate") else LiveLinearMethod(self.recipe)
+        return None  # attention: its KV cache stays in the model's dtype
+
+
+def register() -> None:
+    """Make "mxdist" known to vLLM. Called by vLLM in each of its processes; calling it again changes nothing."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    if METHOD_NAME not in QUANTIZATION_METHODS:
+        register_quantization_config(METHOD_NAME)(MxdistConfig)

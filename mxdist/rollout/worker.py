@@ -1,0 +1,177 @@
+"""A rollout worker: one process, one vLLM engine, the live weights of one policy version.
+
+Plain class without Ray; the controller makes an actor of it. Importing this file imports neither torch nor vLLM:
+``start`` does, after it has set the environment variables that vLLM reads at import.
+
+    start -> load_weights -> generate -> load_weights -> generate -> ... -> shutdown
+"""
+
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import psutil
+
+from mxdist.config.schema import Config
+from mxdist.errors import UserError
+from mxdist.messages import (
+    EngineReport,
+    EntropyStatistics,
+    Group,
+    Prompt,
+    RolloutRequest,
+    RolloutResult,
+    Sample,
+    SamplingSettings,
+    WeightPayload,
+)
+from mxdist.model.shape import ModelShape
+from mxdist.quant.recipe import get_recipe
+from mxdist.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.outputs import CompletionOutput
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine and worker in this process: weights are loaded in place
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # else the first generate compiles a helper with g++ for half a minute
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # a warning of torch's about NUMA binding, at every start
+}
+
+
+class RolloutWorker:
+    """Samples answers with the weights it was last given.
+
+    Args:
+        recipe_name: of the engine; weights of another recipe are refused. A name of its own, apart from
+            ``config.recipe``, because evaluation also runs an unquantised engine.
+        model_dir: directory of this worker's own, into which the engine's config.json is written.
+    """
+
+    def __init__(self, config: Config, shape: ModelShape, recipe_name: str, model_dir: Path) -> None:
+        self._config, self._shape = config, shape
+        self._recipe = get_recipe(recipe_name)
+        self._model_dir = Path(model_dir)
+        self._version = -1  # no weights yet
+
+    def start(self) -> EngineReport:
+        """Build the engine. Once per process: vLLM keeps global state."""
+        prepare_vllm()
+        from mxdist.aqn.injector import NoiseInjector, select_norms
+        from mxdist.rollout import slots
+        from mxdist.rollout.engine import Engine, write_model_dir
+
+        write_model_dir(self._model_dir, self._shape, self._recipe)
+        self._engine = Engine(self._config, self._model_dir)
+        model = self._engine.model
+        self._slots = slots.find_slots(model, self._shape.vocab_size)
+        routed = slots.routed_layers(model)
+        norms = [(name.removesuffix(".weight"), slot.owner.weight) for name, slot in self._slots.items()
+                 if not isinstance(slot.owner, slots.LiveWeight)]
+        self._injector = NoiseInjector(select_norms(norms, routed), routed)
+        return EngineReport(
+            quantised_modules=tuple(sorted(slot.module for slot in self._slots.values() if slot.kind == "mx")),
+            noise_modules=self._injector.names,
+            weight_version=self._version,
+            resident_mib=psutil.Process().memory_info().rss / 2**20,
+        )
+
+    def load_weights(self, payloads: list[WeightPayload]) -> dict[str, dict[str, int]]:
+        """Replace all weights in place with those of all learner ranks, all or nothing.
+
+        Returns:
+            Hugging Face tensor name -> part -> checksum, computed from the live buffers after the copy.
+
+        Raises:
+            ParityError: see ``slots.load``; the engine then goes on with its old weights.
+        """
+        from mxdist.rollout import slots
+
+        self._version = slots.load(self._slots, payloads, self._recipe)
+        self._engine.forget_prefixes()
+        return {name: slot.checksums() for name, slot in self._slots.items()}
+
+    def generate(self, request: RolloutRequest) -> RolloutResult:
+        """Sample ``samples_per_prompt`` answers to each prompt, under the request's noise.
+
+        Each sample has a seed of its own, derived from the request's seed, the prompt's key and the sample's number,
+        so it does not depend on the worker that draws it or on the rest of the batch (up to the last bits of a GEMM,
+        which may round otherwise for another batch). The end-of-sequence token is part of an answer.
+
+        Raises:
+            UserError: a prompt leaves no room for an answer in the model's context.
+            ValueError: noise was asked for with temperature 0: evaluation never sees noise.
+        """
+        if self._version < 0:
+            raise RuntimeError("generate was called before any weights were loaded")
+        sampling, noise = request.sampling, request.noise
+        if sampling.temperature == 0 and noise.sigma != 0:
+            raise ValueError(f"greedy decoding was asked for with noise of sigma={noise.sigma}; evaluation is clean")
+        started = time.perf_counter()
+        parameters = [self._parameters(prompt, index, sampling)
+                      for prompt in request.prompts for index in range(sampling.samples_per_prompt)]
+        tokens = [prompt.tokens for prompt in request.prompts for _ in range(sampling.samples_per_prompt)]
+        with self._injector.perturbed(noise) as perturbed:
+            if perturbed:
+                self._engine.forget_prefixes()
+            try:
+                outputs = self._engine.generate(tokens, parameters)
+            finally:
+                if perturbed:
+                    self._engine.forget_prefixes()
+        samples = [_sample(output) for output in outputs]
+        size = sampling.samples_per_prompt
+        groups = tuple(Group(prompt, tuple(samples[i * size:(i + 1) * size]), self._version, noise.sigma)
+                       for i, prompt in enumerate(request.prompts))
+        return RolloutResult(groups, _entropy(samples), time.perf_counter() - started, perturbed)
+
+    def shutdown(self) -> None:
+        """Free the engine. The process can exit afterwards; it cannot start another one."""
+        if hasattr(self, "_engine"):
+            self._engine.close()
+            del self._engine, self._slots, self._injector
+
+    def _parameters(self, prompt: Prompt, index: int, sampling: SamplingSettings) -> "SamplingParams":
+        from mxdist.rollout.engine import sampling_params
+
+        context = self._config.model.max_position_embeddings
+        if len(prompt.tokens) > context - 1:
+            raise UserError(f"prompt {prompt.key} has {len(prompt.tokens)} tokens, but at most {context - 1} fit into "
+                            f"the context of {context} with an answer; raise model.max_position_embeddings or drop it")
+        seed = derive_seed(sampling.seed, prompt.key, index)
+        room = min(sampling.max_new_tokens, context - len(prompt.tokens))
+        return sampling_params(sampling.temperature, room, self._shape.eos_token_id, seed)
+
+
+def prepare_vllm() -> None:
+    """Set what vLLM reads at import, and mute what third parties say then that no user can act on.
+
+    RuntimeError when vLLM was imported already and its environment variables were not set.
+    """
+    if "vllm" in sys.modules and any(os.environ.get(key) != value for key, value in ENVIRONMENT.items()):
+        raise RuntimeError("vLLM was imported before its environment variables were set")
+    os.environ.update(ENVIRONMENT)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # "Triton not available"
+
+
+def _sample(output: "CompletionOutput") -> Sample:
+    tokens = np.asarray(output.token_ids, dtype=np.int64)
+    logprobs = np.asarray(output.logprobs.logprobs, dtype=np.float32)
+    if tokens.shape != logprobs.shape:
+        raise RuntimeError(f"vLLM returned {len(logprobs)} log-probabilities for {len(tokens)} tokens")
+    return Sample(tokens, logprobs, finished=output.finish_reason == "stop")
+
+
+def _entropy(samples: list[Sample]) -> EntropyStatistics:
+    """Each token's -log p is an unbiased estimate of the entropy of the distribution it was drawn from."""
+    return EntropyStatistics(-float(sum(sample.logprobs.sum(dtype=np.float64) for sample in samples)),
+                             sum(len(sample.tokens) for sample in samples))
