@@ -70,7 +70,10 @@ class ArithmeticData(Section):
     """Sums generated from the seed, with a held-out split no training ever sees."""
 
     task: Literal["arithmetic"] = "arithmetic"
-    max_operand: int = Field(99, ge=9, le=9999, description="Operands are drawn from 0..max_operand.")
+    digits: int = Field(2, ge=2, le=3, description="Width of both operands and of their sum, zero-padded: 37+25=62.")
+    forgotten_carries: Fraction = Field(
+        0.6, description="Share of the warm start's worked answers that forget to carry: what the reward must teach."
+    )
     eval_problems: PositiveInt = Field(256, description="Held-out problems.")
 
 

@@ -1,0 +1,18 @@
+"""Scores answers. Runs in a process of its own, but is an ordinary class."""
+
+from collections.abc import Sequence
+
+from mxdist.config import Config
+from mxdist.tasks.base import RewardResult
+from mxdist.tasks.rewards import reward_for
+
+
+class RewardWorker:
+    """Holds the reward of the run's task."""
+
+    def __init__(self, config: Config) -> None:
+        self._reward = reward_for(config.data)
+
+    def score(self, answers: Sequence[tuple[str, str, str]]) -> list[RewardResult]:
+        """Score (problem's key, answer's text, reference answer) in the order given."""
+        return [self._reward(text, reference) for _, text, reference in answers]
