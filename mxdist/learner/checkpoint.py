@@ -18,7 +18,6 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 
 from mxdist.errors import UserError
 from mxdist.learner.policy import Policy
-from mxdist.model.megatron_cpu import host_device
 from mxdist.model.quantised_weight import forget, requantise
 from mxdist.model.shape import ModelShape
 
@@ -27,10 +26,9 @@ SHAPE_FILE = "model_shape.json"
 
 def save(directory: Path, policy: Policy, shape: ModelShape, extra: dict[str, object]) -> None:
     """Write into the existing, empty ``directory``; every rank must call it."""
-    with host_device():
-        state = {**_sharded_state(policy, is_loading=False), "extra": extra}
-        strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _data_parallel_group())
-        dist_checkpointing.save(state, str(directory), strategy)
+    state = {**_sharded_state(policy, is_loading=False), "extra": extra}
+    strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _data_parallel_group())
+    dist_checkpointing.save(state, str(directory), strategy)
     if torch.distributed.get_rank() == 0:
         (directory / SHAPE_FILE).write_text(json.dumps(_description(shape), indent=2) + "\n")
     torch.distributed.barrier()
@@ -43,7 +41,7 @@ def load(directory: Path, policy: Policy, shape: ModelShape) -> dict[str, object
         UserError: the checkpoint is of a model of another shape.
     """
     _raise_if_other_model(directory, shape)
-    with host_device(), torch.no_grad():
+    with torch.no_grad():
         forget(policy.model)
         strategy = FullyParallelLoadStrategyWrapper(
             get_default_load_sharded_strategy(str(directory)), _data_parallel_group())

@@ -28,7 +28,6 @@ from mxdist.errors import RunStopped
 from mxdist.learner.losses import LossInputs, LossOutput, Objective
 from mxdist.learner.scoring import token_scores
 from mxdist.messages import EntropyStatistics, Mean, TrainBatch
-from mxdist.model.megatron_cpu import host_device
 from mxdist.model.quantised_weight import forget_before_step, requantise
 
 
@@ -92,9 +91,8 @@ class Policy:
         """Clip, update the weights and quantise them anew. Returns the gradients' norm before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        with host_device():
-            _, norm, _ = self.optimizer.step()
-            requantise(self.model)
+        _, norm, _ = self.optimizer.step()
+        requantise(self.model)
         if not np.isfinite(norm):
             raise RunStopped(f"the gradients are not finite (norm {norm}); lower optimizer.lr or look at the data "
                              f"of this step")
@@ -121,10 +119,9 @@ class Policy:
             return logits, finish
 
         rows, length = batches[0].tokens.shape
-        with host_device():
-            return get_forward_backward_func()(
-                forward_step_func=forward_step, data_iterator=iter(batches), model=[self._ddp],
-                num_microbatches=len(batches), seq_length=length, micro_batch_size=rows, forward_only=forward_only)
+        return get_forward_backward_func()(
+            forward_step_func=forward_step, data_iterator=iter(batches), model=[self._ddp],
+            num_microbatches=len(batches), seq_length=length, micro_batch_size=rows, forward_only=forward_only)
 
     @property
     def _device(self) -> torch.device:

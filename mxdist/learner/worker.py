@@ -50,12 +50,11 @@ class LearnerWorker:
         config = self.config
         if not torch.cuda.is_available():
             torch.set_num_threads(max(1, int(config.learner.cpus_per_rank)))
-        with megatron_cpu.host_device():
-            parallel.start(self.rank, self.world_size, self.rendezvous, config.learner.expert_parallel,
-                           config.run.seed, config.deadlines.update)
-            model = build_gpt(self.shape, self.recipe, config.learner.expert_parallel)
-            initialise(model, self.shape, config.run.seed)
-            self._policy = Policy(model, config.optimizer)
+        parallel.start(self.rank, self.world_size, self.rendezvous, config.learner.expert_parallel, config.run.seed,
+                       config.deadlines.update)
+        model = build_gpt(self.shape, self.recipe, config.learner.expert_parallel)
+        initialise(model, self.shape, config.run.seed)
+        self._policy = Policy(model, config.optimizer)
         return LearnerReport(
             rank=self.rank, quantised_modules=quantised_modules(model, self.shape),
             parameters=sum(parameter.numel() for parameter in model.parameters()),

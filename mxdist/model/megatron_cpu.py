@@ -13,9 +13,9 @@ What it replaces, and why (files relative to megatron/core):
     torch.cuda.*_rng_state, manual_seed       tensor_parallel/random.py forks the CUDA generator around dropout
     torch.Tensor.cuda                         exchange_utils.py, distrib_optimizer.py move counters to the GPU
     torch.Tensor.type                         optimizers ask for 'torch.cuda.FloatTensor' by name
-    device="cuda" arguments                   schedules.py, clip_grads.py, optimizer.py create scalars there; inside
-                                              ``host_device()`` a TorchFunctionMode, torch's own extension point, turns
-                                              them to "cpu"
+    the name torch in the modules of          they create scalars and masks with device="cuda". (torch's extension point
+      ``_with_cuda_literals``                 for this, a TorchFunctionMode, costs 10 % of every forward and backward
+                                              pass and holds for one thread only.)
     random._get/_set_cuda_rng_state           the same generator, reached through torch._C
     token_dispatcher.maybe_move_tensor_to_cpu the split sizes of an all-to-all must be numbers, and a tensor that is on
                                               the CPU already is passed on as it is
@@ -27,12 +27,12 @@ What it replaces, and why (files relative to megatron/core):
 """
 
 import contextlib
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.optim.adamw import adamw
-from torch.overrides import TorchFunctionMode
 
 _installed = False
 
@@ -48,11 +48,6 @@ def install() -> None:
             _replace_in_megatron()
     _define_missing_name()
     _installed = True
-
-
-def host_device() -> contextlib.AbstractContextManager:
-    """Around every call into Megatron: without a GPU, device="cuda" then means the CPU. Holds for the own thread."""
-    return contextlib.nullcontext() if torch.cuda.is_available() else _HostDevice()
 
 
 class NoStream:
@@ -76,16 +71,25 @@ class NoStream:
     __hash__ = object.__hash__
 
 
-class _HostDevice(TorchFunctionMode):
-    """Creates on the CPU what a literal device="cuda" asks for."""
+class HostTorch(types.ModuleType):
+    """The module torch, except that what is created on "cuda" is created on the CPU."""
 
-    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if kwargs:
-            device = kwargs.get("device")
-            if device is not None and str(device).startswith("cuda"):
-                kwargs = {**kwargs, "device": "cpu"}
-            return func(*args, **kwargs)
-        return func(*args)
+    def __init__(self) -> None:
+        super().__init__("torch")
+        for name in ("empty_like", "ones", "tensor", "zeros"):
+            setattr(self, name, _on_host(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return create
 
 
 class GroupStepAdam(torch.optim.Optimizer):
@@ -171,6 +175,8 @@ def _replace_in_megatron() -> None:
     from megatron.core.transformer.moe import token_dispatcher
 
     jit.disable_jit_fuser()  # for modules imported later
+    for module in _with_cuda_literals():
+        module.torch = HostTorch()
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # noqa: ARG005
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # noqa: ARG005
 
@@ -181,6 +187,17 @@ def _replace_in_megatron() -> None:
     megatron_optimizer.Adam = distrib_optimizer.Adam = GroupStepAdam
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _with_cuda_literals() -> list[Any]:
+    from megatron.core import utils
+    from megatron.core.dist_checkpointing import exchange_utils
+    from megatron.core.dist_checkpointing.strategies import state_dict_saver
+    from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.transformer import utils as transformer_utils
+
+    return [clip_grads, exchange_utils, optimizer, schedules, state_dict_saver, transformer_utils, utils]
 
 
 def _define_missing_name() -> None:
