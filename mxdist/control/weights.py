@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
 from mxdist.config import Config
 from mxdist.control.groups import LearnerGroup, RolloutPool
 from mxdist.control.waits import Pending, wait_for
