@@ -1,0 +1,114 @@
+"""From a YAML file and ``key=value`` arguments to a checked configuration, and back to YAML."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from mxdist.config.explain import default_tags, explain
+from mxdist.config.schema import Config, Gsm8kData, Section
+from mxdist.config.yaml_text import KeyPath, YamlText, read_mapping, read_value
+from mxdist.errors import UserError
+
+COMMAND_LINE = "the command line"
+
+
+@dataclass
+class Origins:
+    """Where each key was set, for messages."""
+
+    file: str
+    places: dict[KeyPath, str]  # by key: "run.yaml line 3", or the command line
+
+    def set_on_command_line(self, path: KeyPath) -> None:
+        self.places = {key: place for key, place in self.places.items() if key[: len(path)] != path}
+        self.places[path] = COMMAND_LINE
+
+    def of(self, path: KeyPath) -> str:
+        """The place of a key, or of the nearest section around it; of a section, also whether keys of it were set."""
+        around = [path[:length] for length in range(len(path), 0, -1) if path[:length] in self.places]
+        own = self.places[around[0]] if around else self.file
+        inside = {place for key, place in self.places.items() if key[: len(path)] == path}
+        if COMMAND_LINE not in inside or own == COMMAND_LINE:
+            return own
+        return COMMAND_LINE if inside == {COMMAND_LINE} and path else f"{own} and {COMMAND_LINE}"
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file and set ``key=value`` arguments such as ``run.seed=1`` over it.
+
+    Relative paths of data are made absolute, so that a run can be resumed from another directory.
+
+    Raises:
+        UserError: one sentence about the first thing that is wrong, with the key and where it came from.
+    """
+    document = _read(Path(path))
+    origins = Origins(str(path), {key: f"{path} line {line}" for key, line in document.lines.items()})
+    for override in overrides:
+        _set(document.values, override, origins)
+    _choose_default_variants(document.values)
+    try:
+        # Through JSON because its strict mode takes text for paths and nothing else for anything else.
+        config = Config.model_validate_json(json.dumps(document.values, default=str), strict=True)
+    except ValidationError as error:
+        raise UserError(explain(error, document.values, origins.of)) from None
+    return _with_absolute_paths(config)
+
+
+def dump_config(config: Config) -> str:
+    """Every setting as YAML that ``load_config`` reads back to an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path) -> YamlText:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"the configuration file {path} does not exist; check the path") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a directory, not a configuration file; name the .yaml file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the configuration file {path} is not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"the configuration file {path} cannot be read: {error.strerror}") from None
+    document = read_mapping(text, str(path))
+    for name, field in Config.model_fields.items():
+        if isinstance(field.default, Section) and name in document.values and document.values[name] is None:
+            document.values[name] = {}  # a section with nothing under it means its defaults
+    return document
+
+
+def _set(values: dict[str, Any], override: str, origins: Origins) -> None:
+    """Set one ``key=value`` in place and note where it came from."""
+    name, equals, text = override.partition("=")
+    path = tuple(part.strip() for part in name.strip().split("."))
+    if not equals or not all(path):
+        raise UserError(f"{COMMAND_LINE}: '{override}' is no key=value; write for example run.seed=1")
+    target = values
+    for depth, part in enumerate(path[:-1], start=1):
+        inner = target.setdefault(part, {})
+        if not isinstance(inner, dict):
+            dotted, parent = ".".join(path), ".".join(path[:depth])
+            raise UserError(f"unknown key {dotted} ({COMMAND_LINE}): {parent} has no keys")
+        target = inner
+    target[path[-1]] = read_value(text, f"{COMMAND_LINE}, {name}")
+    origins.set_on_command_line(path)
+
+
+def _choose_default_variants(values: dict[str, Any]) -> None:
+    """Settings of a section that has variants belong to the default one unless it names another."""
+    for (section, key), default in default_tags().items():
+        if isinstance(values.get(section), dict):
+            values[section] = {key: default} | values[section]
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    if not isinstance(config.data, Gsm8kData):
+        return config
+    paths = {key: Path(getattr(config.data, key)).expanduser() for key in ("train", "eval")}
+    found = {key: str(path.absolute()) for key, path in paths.items() if path.is_file()}
+    return config.model_copy(update={"data": config.data.model_copy(update=found)})
