@@ -62,6 +62,7 @@ class Policy:
             group["weight_decay"] = settings.weight_decay * group["wd_mult"]  # norms have wd_mult 0
         for part in self.optimizer.chained_optimizers:
             forget_before_step(model, part.optimizer)
+            part.init_state_fn(part.optimizer)  # a checkpoint may be asked for before the first step
         requantise(model)
 
     def score(self, batches: Sequence[TrainBatch]) -> list[Scored]:

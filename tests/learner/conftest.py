@@ -1,0 +1,14 @@
+"""Two processes with Megatron in them for the tests of the learner."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.model.ranks import RankProcesses
+
+
+@pytest.fixture(scope="package")
+def ranks() -> Iterator[RankProcesses]:
+    processes = RankProcesses(2)
+    yield processes
+    processes.close()

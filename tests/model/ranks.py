@@ -1,0 +1,115 @@
+"""Learner ranks for tests, each in a process of its own: Megatron and its patches never enter pytest's process."""
+
+import contextlib
+import multiprocessing
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+from mxdist.config.schema import Config, LearnerConfig, ModelConfig
+from mxdist.learner.worker import LearnerWorker
+from mxdist.messages import LearnerReport
+from mxdist.model.shape import ModelShape
+
+MOE = ModelConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                  num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, initializer_range=0.1)
+DENSE = MOE.model_copy(update={"num_experts": 0, "intermediate_size": 96})
+
+
+def shape_of(model: ModelConfig) -> ModelShape:
+    return ModelShape(model, vocab_size=40, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+
+
+class Learners:
+    """The ranks of one learner. Every call goes to all of them at the same time."""
+
+    def __init__(self, pipes: list[Connection], *start: Any) -> None:
+        self._pipes = pipes
+        self.reports: list[LearnerReport] = self._ask([("start", *start, rank) for rank in range(len(pipes))])
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """Call ``LearnerWorker.method`` on every rank; results in the order of the ranks."""
+        return self.each(method, [arguments] * len(self._pipes))
+
+    def each(self, method: str, arguments: list[tuple]) -> list[Any]:
+        """The same with arguments of its own for every rank."""
+        return self._ask([("call", method, *own) for own in arguments])
+
+    def run(self, function: Callable, *arguments: Any) -> list[Any]:
+        """``function(worker, *arguments)`` inside every rank's process; a function of a module, not a lambda."""
+        return self._ask([("run", function, *arguments)] * len(self._pipes))
+
+    def _ask(self, messages: list[tuple]) -> list[Any]:
+        for pipe, message in zip(self._pipes, messages, strict=True):
+            pipe.send(message)
+        answers = [pipe.recv() for pipe in self._pipes]
+        for error, trace, _ in answers:
+            if error is not None:
+                error.add_note(trace)
+                raise error
+        return [result for _, _, result in answers]
+
+
+class RankProcesses:
+    """Processes that live through a test session: importing Megatron costs seconds."""
+
+    def __init__(self, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self._processes = [], []
+        for _ in range(count):
+            own, other = context.Pipe()
+            process = context.Process(target=_serve, args=(other,))
+            process.start()
+            self._pipes.append(own)
+            self._processes.append(process)
+
+    @contextlib.contextmanager
+    def learners(self, model: ModelConfig, recipe: str, ranks: int = 1, **settings: Any) -> Iterator[Learners]:
+        """Build a learner of ``ranks`` ranks, with expert parallelism over all of them where there are experts."""
+        expert_parallel = settings.pop("expert_parallel", ranks if model.num_experts else 1)
+        learner = LearnerConfig(ranks=ranks, expert_parallel=expert_parallel,
+                                micro_batch=settings.pop("micro_batch", 8))
+        config = Config(model=model, recipe=recipe, learner=learner, **settings)
+        rendezvous = f"tcp://127.0.0.1:{_free_port()}"
+        learners = Learners(self._pipes[:ranks], config, shape_of(model), ranks, rendezvous)
+        try:
+            yield learners
+        finally:
+            learners.call("shutdown")
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.send(("stop",))
+        for process in self._processes:
+            process.join(30)
+            if process.is_alive():
+                process.kill()
+
+
+def _serve(pipe: Connection) -> None:
+    worker: LearnerWorker | None = None
+    while True:
+        what, *arguments = pipe.recv()
+        try:
+            result = None
+            if what == "stop":
+                return
+            if what == "start":
+                config, shape, world_size, rendezvous, rank = arguments
+                worker = LearnerWorker(config, shape, rank, world_size, rendezvous)
+                result = worker.build()
+            elif what == "call":
+                result = getattr(worker, arguments[0])(*arguments[1:])
+            elif what == "run":
+                result = arguments[0](worker, *arguments[1:])
+            pipe.send((None, "", result))
+        except Exception as error:
+            pipe.send((error, traceback.format_exc(), None))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
