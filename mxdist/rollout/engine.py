@@ -12,8 +12,10 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.inputs import TokensPrompt
 from vllm.outputs import CompletionOutput
+from vllm.platforms import current_platform
 
 from mxdist.config.schema import Config
+from mxdist.errors import UserError
 from mxdist.model.shape import ModelShape
 from mxdist.quant.recipe import Recipe
 from mxdist.rollout import vllm_plugin
@@ -34,6 +36,7 @@ class Engine:
     """One in-process vLLM engine with zero weights, until some are loaded."""
 
     def __init__(self, config: Config, model_dir: Path) -> None:
+        check_head_dim(config.model.head_dim)
         vllm_plugin.register()
         self._llm = LLM(
             model=str(model_dir),
@@ -73,6 +76,18 @@ class Engine:
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         cleanup_dist_env_and_memory()
+
+
+def check_head_dim(head_dim: int) -> None:
+    """UserError when the CPU attention has no kernel for the head size; vLLM itself would fail at the first prompt."""
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    if head_dim not in sizes:
+        raise UserError(f"model.head_dim={head_dim} has no attention kernel in vLLM on a CPU; choose one of "
+                        f"{', '.join(map(str, sizes))}")
 
 
 def sampling_params(temperature: float, max_tokens: int, eos_token_id: int, seed: int) -> SamplingParams:

@@ -1,0 +1,119 @@
+"""What the engine is compared with: random weights, payloads of them, and a transformers model that computes with
+the same quantiser written in the plainest way."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mxdist.messages import WeightPayload
+from mxdist.model.shape import ModelShape
+from mxdist.quant.recipe import Recipe
+from mxdist.quant.reference import fake_quantise, quantise
+from mxdist.sync.payload import dense_entry, mx_entry
+
+
+def tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a Qwen3 checkpoint in Hugging Face's names, experts apart."""
+    c = shape.config
+    h, heads, groups = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (shape.vocab_size, h),
+                                          "lm_head": (shape.vocab_size, h), "model.norm": (h,)}
+    for layer in range(c.num_hidden_layers):
+        at = f"model.layers.{layer}"
+        shapes |= {f"{at}.input_layernorm": (h,), f"{at}.post_attention_layernorm": (h,),
+                   f"{at}.self_attn.q_proj": (heads, h), f"{at}.self_attn.k_proj": (groups, h),
+                   f"{at}.self_attn.v_proj": (groups, h), f"{at}.self_attn.o_proj": (h, heads),
+                   f"{at}.self_attn.q_norm": (c.head_dim,), f"{at}.self_attn.k_norm": (c.head_dim,)}
+        wide = c.moe_intermediate_size if shape.is_moe else c.intermediate_size
+        places = [f"{at}.mlp.experts.{e}" for e in range(c.num_experts)] or [f"{at}.mlp"]
+        if shape.is_moe:
+            shapes[f"{at}.mlp.gate"] = (c.num_experts, h)
+        for place in places:
+            shapes |= {f"{place}.gate_proj": (wide, h), f"{place}.up_proj": (wide, h), f"{place}.down_proj": (h, wide)}
+    return {f"{name}.weight": size for name, size in shapes.items()}
+
+
+def is_quantised(name: str, recipe: Recipe) -> bool:
+    return recipe.w is not None and name.endswith("_proj.weight")
+
+
+def random_tensors(shape: ModelShape, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, shape.config.dtype)
+    return {name: (torch.randn(size, generator=generator) * (0.2 if len(size) == 1 else 0.1)
+                   + (1.0 if len(size) == 1 else 0.0)).to(dtype)
+            for name, size in tensor_shapes(shape).items()}
+
+
+def payloads(tensors: dict[str, Tensor], recipe: Recipe, version: int, ranks: int = 2) -> list[WeightPayload]:
+    entries = []
+    for name, tensor in tensors.items():
+        if is_quantised(name, recipe):
+            packed = quantise(tensor, recipe.w)
+            entries.append(mx_entry(name, packed, packed.dequantise(tensor.dtype)))
+        else:
+            entries.append(dense_entry(name, tensor))
+    return [WeightPayload(version, recipe.to_dict(), tuple(entries[rank::ranks])) for rank in range(ranks)]
+
+
+class ReferenceLinear(nn.Module):
+    def __init__(self, weight: Tensor, recipe: Recipe) -> None:
+        super().__init__()
+        self.weight, self.recipe = weight, recipe
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(fake_quantise(x, self.recipe.x_fwd) if self.recipe.x_fwd else x, self.weight)
+
+
+class ReferenceExperts(nn.Module):
+    """One token and one expert at a time."""
+
+    def __init__(self, experts: list[dict[str, nn.Module]]) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        rows = []
+        for x, numbers, shares in zip(hidden, chosen, weights, strict=True):
+            total = torch.zeros_like(x)
+            for number, share in zip(numbers.tolist(), shares, strict=True):
+                expert = self.experts[number]
+                total += share * expert["down_proj"](F.silu(expert["gate_proj"](x)) * expert["up_proj"](x))
+            rows.append(total)
+        return torch.stack(rows)
+
+
+def reference_model(shape: ModelShape, tensors: dict[str, Tensor], recipe: Recipe) -> nn.Module:
+    """A float32 transformers model whose projections are replaced by quantised ones."""
+    hf = shape.hf_config()
+    config = AutoConfig.for_model(hf["model_type"], **{k: v for k, v in hf.items() if k not in ("model_type",
+                                                                                              "torch_dtype")})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    weights = {name: (quantise(tensor, recipe.w).dequantise() if is_quantised(name, recipe) else tensor.float())
+               for name, tensor in tensors.items()}
+
+    def linear(name: str) -> ReferenceLinear:
+        return ReferenceLinear(weights.pop(f"{name}.weight"), recipe)
+
+    for number, layer in enumerate(model.model.layers):
+        at = f"model.layers.{number}"
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, linear(f"{at}.self_attn.{name}"))
+        names = ("gate_proj", "up_proj", "down_proj")
+        if shape.is_moe:
+            layer.mlp.experts = ReferenceExperts([{name: linear(f"{at}.mlp.experts.{e}.{name}") for name in names}
+                                                  for e in range(shape.config.num_experts)])
+        else:
+            for name in names:
+                setattr(layer.mlp, name, linear(f"{at}.mlp.{name}"))
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert (missing, unexpected) == ([], [])
+    return model
+
+
+def answer_logprobs(model: nn.Module, prompt: tuple[int, ...], answer: list[int], temperature: float) -> Tensor:
+    """Log-probabilities of the answer's tokens, float32 [answer], by one teacher-forced pass."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1:-1]
+    return (logits / temperature).log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
