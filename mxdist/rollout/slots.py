@@ -20,7 +20,7 @@ from mxdist.quant.checksum import checksum
 from mxdist.quant.format import E8M0_NAN
 from mxdist.quant.recipe import Recipe
 from mxdist.rollout.live_weight import LiveWeight
-from mxdist.sync.payload import VALUES, as_tensor, gather_entries
+from mxdist.sync.payload import VALUES, as_tensor, gather_entries, values_checksum
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """vLLM's fused linears and the Hugging Face linears whose rows they stack."""
@@ -53,8 +53,9 @@ class Slot:
         return self.owner.values[self.rows] if isinstance(self.owner, LiveWeight) else self.parts()[VALUES]
 
     def checksums(self) -> dict[str, int]:
-        """By part, of the live buffers; "values" is what the GEMM reads."""
-        return {part: checksum(tensor) for part, tensor in (self.parts() | {VALUES: self.values()}).items()}
+        """By part, of the live buffers; "values" is what the forward pass multiplies, in float32 form."""
+        packed = {part: checksum(tensor) for part, tensor in self.parts().items() if part != VALUES}
+        return packed | {VALUES: values_checksum(self.values())}
 
 
 def find_slots(model: nn.Module, vocab_size: int) -> dict[str, Slot]:
@@ -156,10 +157,13 @@ def _check_entry(slot: Slot, entry: TensorEntry) -> None:
                           f"{sorted(parts)}")
     for part, live in parts.items():
         sent = as_tensor(entry.parts[part])
-        if sent.dtype != live.dtype or sent.shape != live.shape:
+        if sent.shape != live.shape or sent.is_floating_point() != live.is_floating_point():
             raise ParityError(f"{entry.name}, part {part}, was sent as {sent.dtype} {tuple(sent.shape)}; the engine's "
                               f"is {live.dtype} {tuple(live.shape)}")
         finite = torch.isfinite(sent).all() if sent.is_floating_point() else (
             not part.endswith("scales") or (sent != E8M0_NAN).all())
         if not finite:
             raise ParityError(f"{entry.name}, part {part}, holds a NaN or Inf")
+        if not torch.equal(sent.to(live.dtype).to(sent.dtype), sent):
+            raise ParityError(f"{entry.name}, part {part}, was sent as {sent.dtype} with values that the engine's "
+                              f"{live.dtype} cannot hold")

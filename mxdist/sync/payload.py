@@ -1,8 +1,9 @@
 """Weight payloads: from tensors to what crosses a process boundary, and back.
 
 A payload holds numpy arrays that share memory with the tensors they were made of (nothing is copied until the
-transport sends it), so send it before the learner's next update. numpy has no bfloat16: a uint16 array in a "dense"
-entry is the bit pattern of bfloat16 values, and nothing else is ever sent as uint16.
+transport sends it), so send it before the learner's next update. Dense tensors travel as float32 or as bfloat16,
+whichever the sender holds; numpy has no bfloat16, so a uint16 array is the bit pattern of bfloat16 values, and nothing
+else is ever sent as uint16. Checksums of values are taken of their float32 form, the same for both.
 """
 
 import warnings
@@ -19,12 +20,13 @@ from mxdist.quant.tensor import MXTensor
 from mxdist.sync.parity import Checksums
 
 VALUES = "values"
-"""The part of a dense tensor; in checksums also the values that packed bytes stand for, in the model's dtype."""
+"""The part of a dense tensor; in checksums also the values that a GEMM reads, in float32 form."""
 
 
 def dense_entry(name: str, tensor: Tensor) -> TensorEntry:
     """Entry of a tensor that stays in high precision (float32 or bfloat16, any shape), as the learner holds it."""
-    return TensorEntry(name, "dense", tuple(tensor.shape), {VALUES: as_array(tensor)}, {VALUES: checksum(tensor)})
+    return TensorEntry(name, "dense", tuple(tensor.shape), {VALUES: as_array(tensor)},
+                       {VALUES: values_checksum(tensor)})
 
 
 def mx_entry(name: str, packed: MXTensor, values: Tensor) -> TensorEntry:
@@ -38,8 +40,13 @@ def mx_entry(name: str, packed: MXTensor, values: Tensor) -> TensorEntry:
     if tuple(values.shape) != packed.shape:
         raise ValueError(f"{name}: the learner's values are {tuple(values.shape)}; the packed tensor is {packed.shape}")
     parts = packed.parts()
-    checksums = {part: checksum(tensor) for part, tensor in parts.items()} | {VALUES: checksum(values)}
+    checksums = {part: checksum(tensor) for part, tensor in parts.items()} | {VALUES: values_checksum(values)}
     return TensorEntry(name, "mx", packed.shape, {part: as_array(tensor) for part, tensor in parts.items()}, checksums)
+
+
+def values_checksum(values: Tensor) -> int:
+    """Checksum of values in float32 form, so that it does not depend on the dtype they are held in."""
+    return checksum(values.float())
 
 
 def as_array(tensor: Tensor) -> np.ndarray:

@@ -243,6 +243,16 @@ def test_a_failed_load_names_the_fault_and_leaves_the_old_weights_whole(engine: 
     assert engine.generate(request_of(PROMPTS[:1], samples=1)).groups[0].policy_version == 1
 
 
+@pytest.mark.parametrize("engine", ["dense-mxfp4_mbs_of-bfloat16"], indirect=True)
+def test_a_load_that_a_bfloat16_engine_would_round_is_refused(engine: EngineProcess) -> None:
+    sync(engine, seed=1, version=1)
+    tensors = random_tensors(engine.shape, 2)
+    name = "model.layers.1.self_attn.q_norm.weight"
+    tensors[name] = tensors[name].float() + 1e-6
+    with pytest.raises(ParityError, match=rf"{name}, part values, was sent as torch.float32 .* cannot hold"):
+        engine.load(payloads(tensors, get_recipe(engine.config.recipe), 2))
+
+
 @only_quantised_moe
 def test_nothing_is_generated_before_weights_have_come(engine: EngineProcess) -> None:
     with pytest.raises(RuntimeError, match="before any weights"):
