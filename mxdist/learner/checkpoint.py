@@ -22,11 +22,12 @@ from mxdist.model.quantised_weight import forget, requantise
 from mxdist.model.shape import ModelShape
 
 SHAPE_FILE = "model_shape.json"
+SHARDING = "fully_reshardable"
 
 
 def save(directory: Path, policy: Policy, shape: ModelShape, extra: dict[str, object]) -> None:
     """Write into the existing, empty ``directory``; every rank must call it."""
-    state = {**_sharded_state(policy, is_loading=False), "extra": extra}
+    state = {**_sharded_state(policy, is_loading=False), "step": _optimizer_step(policy), "extra": extra}
     strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _data_parallel_group())
     dist_checkpointing.save(state, str(directory), strategy)
     if torch.distributed.get_rank() == 0:
@@ -36,6 +37,9 @@ def save(directory: Path, policy: Policy, shape: ModelShape, extra: dict[str, ob
 
 def load(directory: Path, policy: Policy, shape: ModelShape) -> dict[str, object]:
     """Replace the weights and the optimizer's state; returns what was given to ``save`` as ``extra``.
+
+    The number of ranks and the expert parallelism may differ from those that saved. What the optimizer is told by
+    the configuration (weight decay, betas, ...) stays as it is here.
 
     Raises:
         UserError: the checkpoint is of a model of another shape.
@@ -47,22 +51,37 @@ def load(directory: Path, policy: Policy, shape: ModelShape) -> dict[str, object
             get_default_load_sharded_strategy(str(directory)), _data_parallel_group())
         state = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(directory), strategy)
         policy.model.load_state_dict(state["model"])
-        policy.optimizer.load_state_dict(state["optimizer"])
+        for index, part in enumerate(policy.optimizer.chained_optimizers):
+            settings = part.state_dict()["optimizer"]
+            for group in settings["param_groups"]:
+                group["step"] = state["step"]
+            part.load_state_dict({"optimizer": settings, "param_state": state["optimizer"][index],
+                                  "param_state_sharding_type": SHARDING})
         requantise(policy.model)
     return state["extra"]
 
 
 def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
+    """The tensors, as Megatron divides them.
+
+    Of the optimizer only its tensors: with expert parallelism Megatron chains two optimizers, without it there is
+    one, and the rest of their state would tie a checkpoint to the one or the other.
+    """
     metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": SHARDING,
         "distrib_optim_fully_reshardable_mem_efficient": False,
-        "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
         "dp_cp_group": _data_parallel_group(),
     }
     model = policy.model.sharded_state_dict(metadata=metadata)
+    parts = policy.optimizer.chained_optimizers
     return {"model": model,
-            "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)}
+            "optimizer": {index: part.sharded_state_dict(model, is_loading, metadata=metadata)["param_state"]
+                          for index, part in enumerate(parts)}}
+
+
+def _optimizer_step(policy: Policy) -> int:
+    return max(int(group.get("step", 0)) for group in policy.optimizer.param_groups)
 
 
 def _data_parallel_group() -> torch.distributed.ProcessGroup:

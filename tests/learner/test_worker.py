@@ -212,22 +212,38 @@ def export_then_step(worker: LearnerWorker, batch: TrainBatch) -> bool:
 # Checkpoints
 
 
+def train(learners: Learners, seeds: range) -> list[tuple[float, float]]:
+    """Gradient norm and loss of one update for each seed."""
+    results = []
+    for seed in seeds:
+        reports = learners.call("update", random_batch(12, seed=seed), Grpo(), 1e-2)
+        results.append((reports[0].grad_norm, mean(reports, "actor/pg_loss")))
+    return results
+
+
 def test_training_continues_bit_for_bit_from_a_checkpoint(ranks: RankProcesses, tmp_path: Path) -> None:
-    batches = [random_batch(12, seed=seed) for seed in range(5)]
-
-    def train(learners: Learners, part: list[TrainBatch]) -> list[tuple[float, float]]:
-        return [(report.grad_norm, report.means["actor/pg_loss"].total)
-                for batch in part for report in learners.call("update", batch, Grpo(), 1e-2)]
-
     with ranks.learners(MOE, "mxfp4_mbs_of", 2) as learners:
-        train(learners, batches[:2])
+        train(learners, range(2))
         learners.call("save", tmp_path, {"step": 2})
-        uninterrupted = train(learners, batches[2:])
+        uninterrupted = train(learners, range(2, 5))
         weights = [entry.checksums for payload in learners.call("export", 5) for entry in payload.entries]
     with ranks.learners(MOE, "mxfp4_mbs_of", 2, run={"seed": 1}) as learners:
         assert learners.call("load", tmp_path) == [{"step": 2}, {"step": 2}]
-        assert train(learners, batches[2:]) == uninterrupted
+        assert train(learners, range(2, 5)) == uninterrupted
         assert [entry.checksums for payload in learners.call("export", 5) for entry in payload.entries] == weights
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [((2, 2), (1, 1)), ((1, 1), (2, 2)), ((2, 1), (2, 2))])
+def test_a_checkpoint_continues_on_another_layout(
+    saved: tuple[int, int], loaded: tuple[int, int], ranks: RankProcesses, tmp_path: Path
+) -> None:
+    with ranks.learners(MOE, "bf16", saved[0], expert_parallel=saved[1]) as learners:
+        train(learners, range(2))
+        learners.call("save", tmp_path, {})
+        uninterrupted = train(learners, range(2, 5))
+    with ranks.learners(MOE, "bf16", loaded[0], expert_parallel=loaded[1], run={"seed": 1}) as learners:
+        learners.call("load", tmp_path)
+        assert np.allclose(train(learners, range(2, 5)), uninterrupted, rtol=1e-3, atol=1e-5)
 
 
 def test_a_checkpoint_before_the_first_step_can_be_loaded(ranks: RankProcesses, tmp_path: Path) -> None:
