@@ -72,7 +72,7 @@ class ArithmeticData(Section):
     task: Literal["arithmetic"] = "arithmetic"
     digits: int = Field(2, ge=2, le=3, description="Width of both operands and of their sum, zero-padded: 37+25=62.")
     forgotten_carries: Fraction = Field(
-        0.6, description="Share of the warm start's worked answers that forget to carry: what the reward must teach."
+        0.65, description="Share of the warm start's worked answers that forget to carry: what the reward must teach."
     )
     eval_problems: PositiveInt = Field(256, description="Held-out problems.")
 

@@ -24,14 +24,10 @@ LEARNER = "mxdist.learner.worker:LearnerWorker"
 ROLLOUT = "mxdist.rollout.worker:RolloutWorker"
 REWARD = "mxdist.tasks.reward_worker:RewardWorker"
 
-# Set before the workers import anything; each line is a library that would otherwise pick its own.
+# Set before the workers import anything.
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # ranks and engines share the cores; one thread each is fastest
     "TOKENIZERS_PARALLELISM": "false",
-    "TORCHDYNAMO_DISABLE": "1",  # vLLM would compile a helper with inductor for half a minute
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the rollout worker's own process
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "NCCL_NVLS_ENABLE": "0",
     "PYTHONWARNINGS": "ignore",
@@ -42,6 +38,7 @@ WORKER_ENVIRONMENT = {
 }
 REWARD_WORKER_CPUS = 0.25
 OBJECT_STORE_BYTES = 512 << 20
+CONNECT_SECONDS = 5.0
 
 
 class WorkerProcess:
@@ -135,17 +132,10 @@ def start_ray(config: Config) -> None:
             num_cpus=logical,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",  # nothing of a run on one machine listens beyond it
             **common,
         )
     else:
-        try:
-            ray.init(address=config.cluster.address, **common)
-        except ConnectionError as error:
-            raise UserError(
-                f"no Ray cluster answers at cluster.address={config.cluster.address} ({error}); "
-                f"start one with 'ray start --head' or set cluster.address=null for this machine alone"
-            ) from None
+        _join_cluster(config.cluster.address, common)
     have = ray.cluster_resources()
     for kind, wanted in (("CPU", cpus_wanted(config)), ("GPU", gpus_wanted(config))):
         if wanted > have.get(kind, 0) + 1e-6:
@@ -154,6 +144,24 @@ def start_ray(config: Config) -> None:
                 f"the layout asks for {wanted:g} {kind}s but Ray has {have.get(kind, 0):g}; lower learner.ranks, "
                 f"rollout.workers or their {kind.lower()}s, or add nodes"
             )
+
+
+def _join_cluster(address: str, arguments: dict[str, Any]) -> None:
+    """Join the cluster at "auto" or "host:port"."""
+    complaint = UserError(
+        f"no Ray cluster answers at cluster.address={address}; start one with 'ray start --head', or set "
+        f"cluster.address=null to use this machine alone"
+    )
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():  # Ray itself would try for minutes before it gives up
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        except OSError:
+            raise complaint from None
+    try:
+        ray.init(address=address, **arguments)
+    except ConnectionError:
+        raise complaint from None
 
 
 def start_learners(config: Config, shape: ModelShape) -> list[Process]:

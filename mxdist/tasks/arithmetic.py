@@ -1,6 +1,6 @@
 """Sums of two numbers, generated: problems whose answers a small model learns in minutes on a CPU.
 
-Problems look like ``37+25=`` with the answer ``62``, zero-padded to a fixed number of digits. Two thirds need a carry.
+Problems look like ``37+25=`` with the answer ``62``, zero-padded to a fixed number of digits. Half need a carry.
 The warm start shows the work of a pupil who often forgets to carry; the reward teaches it.
 """
 
@@ -65,7 +65,7 @@ SPLIT, CHOICE, ORDER = range(3)  # purposes of a hash
 def all_problems(digits: int) -> tuple[list[Sum], list[Sum]]:
     """Training and held-out problems, each in a fixed mixed order.
 
-    Every sum that fits ``digits`` digits and needs a carry, and half as many that need none; one in
+    Of the sums that fit ``digits`` digits, as many that need a carry as that need none: all of the rarer kind. One in
     ``HELD_OUT_SHARE`` of them is held out.
     """
     limit = 10**digits
@@ -73,8 +73,9 @@ def all_problems(digits: int) -> tuple[list[Sum], list[Sum]]:
     left, right = left[left + right < limit], right[left + right < limit]
     columns = [10**place for place in range(digits)]
     carries = np.any([left // c % 10 + right // c % 10 > 9 for c in columns], axis=0)
-    rank = np.where(carries, np.uint64(0), _hash(left, right, CHOICE))  # all that carry come first
-    chosen = np.argsort(rank, kind="stable")[: int(carries.sum() * 1.5)]
+    by_hash = np.argsort(_hash(left, right, CHOICE), kind="stable")
+    each = min(int(carries.sum()), int((~carries).sum()))
+    chosen = np.concatenate([by_hash[kind[by_hash]][:each] for kind in (carries, ~carries)])
     chosen = chosen[np.argsort(_hash(left[chosen], right[chosen], ORDER), kind="stable")]
     problems = [Sum(int(a), int(b), digits) for a, b in zip(left[chosen], right[chosen], strict=True)]
     held_out = _hash(left[chosen], right[chosen], SPLIT) % np.uint64(HELD_OUT_SHARE) == 0

@@ -1,0 +1,96 @@
+"""Real Ray processes: how the controller waits for them, and what it says when one fails."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from mxdist.config import Config
+from mxdist.control.processes import Process, cpus_wanted, start_ray
+from mxdist.control.waits import wait_for
+from mxdist.errors import DeadlineExceeded, ParityError, RunStopped, UserError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    start_ray(Config())
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def sleeper() -> Iterator[Process]:
+    process = Process("learner rank 7", 0.1, 0)
+    wait_for([process.construct("sleeper:Sleeper")], 60, "start")
+    yield process
+    process.kill()
+
+
+def test_results_come_in_the_order_of_the_calls(sleeper: Process) -> None:
+    pending = [sleeper.call("nap", "sleep", seconds) for seconds in (0.2, 0.0, 0.1)]
+    assert wait_for(pending, 30, "update") == [0.2, 0.0, 0.1]
+
+
+def test_an_expired_deadline_names_the_process_the_work_and_the_key(sleeper: Process) -> None:
+    with pytest.raises(DeadlineExceeded, match=r"learner rank 7 .* long nap .* deadlines\.rollout"):
+        wait_for([sleeper.call("long nap", "sleep", 5)], 0.3, "rollout")
+
+
+@pytest.mark.parametrize(("kind", "error"), [("user", UserError), ("parity", ParityError)])
+def test_what_a_worker_has_to_say_arrives_as_it_was_said(sleeper: Process, kind: str, error: type) -> None:
+    with pytest.raises(error, match="^what happened$"):
+        wait_for([sleeper.call("work", "fail", kind)], 30, "update")
+
+
+def test_a_bug_in_a_worker_keeps_its_traceback(sleeper: Process) -> None:
+    with pytest.raises(ZeroDivisionError) as caught:
+        wait_for([sleeper.call("work", "fail", "bug")], 30, "update")
+    assert "in fail" in str(caught.value)
+
+
+def test_a_killed_process_is_named(sleeper: Process) -> None:
+    with pytest.raises(RunStopped, match="learner rank 7 died during the last act"):
+        wait_for([sleeper.call("last act", "die")], 30, "update")
+
+
+def test_references_in_a_list_reach_the_worker_as_values(sleeper: Process) -> None:
+    references = [ray.put(value) for value in (1, 2, 3)]
+    assert wait_for([sleeper.call_with_list("sum", "add", references)], 30, "sync") == [6]
+
+
+def test_the_rendezvous_takes_a_free_port_or_says_that_the_wanted_one_is_taken(sleeper: Process) -> None:
+    [address] = wait_for([sleeper.rendezvous(0)], 30, "start")
+    host, port = address.removeprefix("tcp://").split(":")
+    assert host == ray.util.get_node_ip_address()
+    with socket.socket() as taken:
+        taken.bind((host, int(port)))
+        taken.listen()
+        assert wait_for([sleeper.rendezvous(int(port))], 30, "start") == [None]
+
+
+def test_a_layout_that_the_cluster_cannot_hold_is_refused_with_both_numbers() -> None:
+    config = Config.model_validate({"rollout": {"gpus_per_worker": 1, "workers": 3}})
+    ray.shutdown()
+    try:
+        with pytest.raises(UserError, match="asks for 3 GPUs but Ray has 0"):
+            start_ray(config)
+    finally:
+        start_ray(Config())
+
+
+def test_a_cluster_that_does_not_answer_is_named() -> None:
+    ray.shutdown()
+    try:
+        with pytest.raises(UserError, match=r"cluster\.address=127\.0\.0\.1:1"):
+            start_ray(Config.model_validate({"cluster": {"address": "127.0.0.1:1"}}))
+    finally:
+        start_ray(Config())
+
+
+def test_processors_wanted_add_up_over_all_workers() -> None:
+    config = Config.model_validate({"learner": {"ranks": 4, "cpus_per_rank": 2}, "rollout": {"cpus_per_worker": 3}})
+    assert cpus_wanted(config) == 4 * 2 + 3 + 0.25
