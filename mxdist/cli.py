@@ -1,0 +1,116 @@
+"""The ``mxdist`` command. Thin: it reads the configuration, then imports what does the work.
+
+Exit codes: 0 done, 1 a run's own guards stopped it, 2 the user's mistake, 130 interrupted. Anything else is a bug and
+shows its traceback.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from shutil import get_terminal_size
+from typing import Annotated, NoReturn
+
+import typer
+
+from mxdist import __version__
+from mxdist.config import load_config
+from mxdist.errors import RunStopped, UserError
+from mxdist.observe.run_directory import CONFIG_FILE
+from mxdist.observe.third_party_output import quieten_third_party
+
+INTERRUPTED = 130
+# The base class of all mistakes in arguments, which typer does not export.
+UsageError: type[typer.BadParameter] = typer.BadParameter.__bases__[0]
+
+app = typer.Typer(
+    help="Post-train language models by reinforcement learning in MXFP4.",
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text, which any width and any pager can show
+    context_settings={"help_option_names": ["-h", "--help"], "terminal_width": min(get_terminal_size().columns, 100)},
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory that 'mxdist train' made.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's, such as run.seed=1."),
+]
+
+
+@app.command()
+def train(config: ConfigFile, settings: Settings = None) -> None:
+    """Start a new run and train it to its end.
+
+    Everything about it goes into its run directory: run.dir, or runs/NAME-DATE-TIME.
+    """
+    resolved = load_config(config, settings or [])
+    from mxdist.control import app as control
+
+    control.train(resolved)
+
+
+@app.command()
+def resume(run_dir: RunDir, settings: Settings = None) -> None:
+    """Go on with a run from its newest complete checkpoint."""
+    _check_run(run_dir, settings)
+    from mxdist.control import app as control
+
+    control.resume(run_dir, settings or [])
+
+
+@app.command(name="eval")
+def evaluate(run_dir: RunDir, settings: Settings = None) -> None:
+    """Greedy accuracy on held-out problems.
+
+    Of the newest checkpoint, with quantised weights and with BF16 weights.
+    """
+    _check_run(run_dir, settings)
+    from mxdist.control import app as control
+
+    control.evaluate(run_dir, settings or [])
+
+
+@app.callback()
+def _without_command(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"mxdist {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(UserError.exit_code)
+
+
+def main() -> NoReturn:
+    """The console script."""
+    quieten_third_party()
+    sys.exit(exit_code_of(lambda: app(prog_name="mxdist", standalone_mode=False)))
+
+
+def exit_code_of(command: Callable[[], object]) -> int:
+    """Run a command; say in one line why it failed, unless that is a bug."""
+    try:
+        result = command()
+    except (UserError, RunStopped) as error:
+        return _failed(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _failed("interrupted", INTERRUPTED)
+    except UsageError as error:
+        return _failed(f"{error.format_message()} (see 'mxdist --help')", UserError.exit_code)
+    return result if isinstance(result, int) else 0
+
+
+def _failed(message: str, code: int) -> int:
+    print(f"mxdist: {message}", file=sys.stderr)
+    return code
+
+
+def _check_run(run_dir: Path, settings: list[str] | None) -> None:
+    """Find mistakes in the settings before the heavy imports."""
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise UserError(f"{run_dir} holds no run (no {CONFIG_FILE} in it); give the directory that 'mxdist train' made")
+    load_config(run_dir / CONFIG_FILE, settings or [])
