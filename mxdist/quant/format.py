@@ -1,12 +1,14 @@
 """The MXFP4 format: E2M1 elements, E8M0 block scales, their bits, and the rule from block maximum to scale.
 
-Facts (OCP MX v1.0; facts 1.1, 1.2): an element is 4 bits, sign + 2 exponent bits + 1 mantissa bit, with the
+Facts (OCP MX v1.0; NUMERICS.md 1, 2): an element is 4 bits, sign + 2 exponent bits + 1 mantissa bit, with the
 magnitudes of `E2M1_VALUES`; a block of 32 elements shares one E8M0 byte c, the scale 2^(c - 127); c = 255 is NaN.
 This project stores zero as code 0 only (never code 8, minus zero): equal values then have equal bytes, which is
 what checksums and the "codes changed" count compare.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ E8M0_MIN, E8M0_MAX = 1, 252
 TILE = 128
 """Elements along K whose block scales are kept within `TILE_SPAN` binades of their largest."""
 TILE_SPAN = 14
-"""E2M1 * 2^r is an E4M3 number for 15 consecutive r, hence a whole tile is exact in E4M3 (kernels.md 0.1)."""
+"""E2M1 * 2^r is an E4M3 number for 15 consecutive r, hence a whole tile is exact in E4M3 (NUMERICS.md 3)."""
 
 FLOAT32_MANTISSA_BITS = 23
 FLOAT32_EXPONENT_MASK = 0x7F800000
@@ -40,7 +42,7 @@ next power of two: CEIL when 1.f > 1.5 (m > 6 scale units), EVEN when 1.f >= 1.7
 def e8m0_from_absmax(absmax: Tensor, rule: ScaleRule) -> Tensor:
     """Return the int32 E8M0 codes, within [E8M0_MIN, E8M0_MAX], for block maxima (float32, finite, >= 0).
 
-    Integer arithmetic on the float's bits: no logarithm, so the same on every device. Source: facts 1.2.
+    Integer arithmetic on the float's bits: no logarithm, so the same on every device. Source: NUMERICS.md 2.
     """
     carry = SCALE_CARRY[ScaleRule.CEIL if rule is ScaleRule.BEST else rule]
     codes = absmax.contiguous().view(torch.int32).add(carry).bitwise_right_shift_(FLOAT32_MANTISSA_BITS)
@@ -71,30 +73,35 @@ def e8m0_decode(codes: Tensor) -> Tensor:
 def e2m1_encode(values: Tensor) -> Tensor:
     """Return the uint8 codes 0..15 of values on the E2M1 grid (float32), zero of either sign becoming 0.
 
-    A float32 on the grid has its code in its top bits: 1.m * 2^e is code 2 (e + 1) + m for e >= 0, and 0.5 is code 1.
-    Values off the grid give a wrong code, not an error: round first.
+    Times 2^-6 the grid's 1 is the smallest normal number of E4M3 and its 0.5 a subnormal one, so that the E4M3 byte is
+    the sign followed by the code times 4. Values off the grid give a wrong code, not an error: round first.
     """
-    bits = values.contiguous().view(torch.int32)
-    magnitude = (bits & 0x7FFFFFFF) >> 22
-    magnitude = magnitude.sub_(2 * E8M0_BIAS - 2).clamp_(min=0)  # 1.0 -> 2, and 0.5 (0 by this count) -> 0
-    magnitude += (bits & 0x7FFFFFFF) == 0x3F000000
-    sign = ((bits < 0) & (magnitude > 0)).to(torch.int32) << 3
-    return (magnitude | sign).to(torch.uint8)
+    byte = (values * 2.0**-6).add_(0.0).to(torch.float8_e4m3fn).view(torch.uint8)  # -0 + 0 is +0
+    return (byte & 0x80).bitwise_right_shift_(4).bitwise_or_((byte >> 2) & 7)
 
 
 def e2m1_decode(codes: Tensor) -> Tensor:
     """Return the float32 values of integer codes 0..15; code 8 is -0.0."""
-    table = torch.tensor(_SIGNED_VALUES, device=codes.device)
-    return table[codes.to(torch.int32)]
+    return _value_table(codes.device)[codes.to(torch.int32)]
 
 
 def e2m1_decode_packed(packed: Tensor) -> Tensor:
     """Return the float32 values [..., 2n] of packed bytes [..., n]: one look-up for two elements."""
-    table = torch.tensor([(low, high) for high in _SIGNED_VALUES for low in _SIGNED_VALUES], device=packed.device)
-    return table.index_select(0, packed.flatten().to(torch.int32)).view(*packed.shape[:-1], -1)
+    pairs = _pair_table(packed.device).index_select(0, packed.flatten().to(torch.int32))
+    return pairs.view(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
-_SIGNED_VALUES = (*E2M1_VALUES, *(-value for value in E2M1_VALUES))
+@lru_cache
+@torch.inference_mode(False)  # a table made inside inference mode could not be used outside it
+def _value_table(device: torch.device) -> Tensor:
+    return torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=device)
+
+
+@lru_cache
+@torch.inference_mode(False)
+def _pair_table(device: torch.device) -> Tensor:
+    byte = torch.arange(256, device=device)
+    return _value_table(device)[torch.stack((byte & 0xF, byte >> 4), dim=-1)]
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

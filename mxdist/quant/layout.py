@@ -37,21 +37,28 @@ def to_blocks(rows: Tensor, block: int) -> Tensor:
 
 
 def per_block(per_group: Tensor, group: int, block: int, blocks: int) -> Tensor:
-    """Repeat values [rows, ceil(K / group)] shared by `group` elements: one for each block, [rows, blocks]."""
+    """Repeat values [..., ceil(K / group)] shared by `group` elements: one for each block, [..., blocks]."""
     if per_group.shape[-1] == 1:
-        return per_group.expand(-1, blocks)
+        return per_group.expand(*per_group.shape[:-1], blocks)
     return per_group.repeat_interleave(group // block, dim=-1)[..., :blocks]
 
 
 def group_max(per_block_values: Tensor, group: int, block: int) -> Tensor:
-    """Return the maximum [rows, ceil(K / group)] of non-negative block values over `group` consecutive elements."""
-    rows, blocks = per_block_values.shape
+    """Return the maximum [..., ceil(K / group)] of non-negative block values over `group` consecutive elements."""
+    blocks = per_block_values.shape[-1]
     width = group // block
     if blocks <= width:
         return per_block_values.amax(-1, keepdim=True)
     if blocks % width:
         per_block_values = F.pad(per_block_values, (0, width - blocks % width))
-    return per_block_values.view(rows, -1, width).amax(-1)
+    return per_block_values.unflatten(-1, (-1, width)).amax(-1)
+
+
+def rows_max(values: Tensor, height: int) -> Tensor:
+    """Return [..., rows, n] with every value replaced by the maximum over its group of `height` rows (values >= 0)."""
+    rows = values.shape[-2]
+    groups = F.pad(values, (0, 0, 0, -rows % height)).unflatten(-2, (-1, height))
+    return groups.amax(-2, keepdim=True).expand_as(groups).flatten(-3, -2)[..., :rows, :]
 
 
 def raise_nonfinite(x: Tensor, name: str) -> None:

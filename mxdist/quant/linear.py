@@ -10,6 +10,7 @@ name gradient operands quantise dY and X for the backward GEMMs too, each along 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +18,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mxdist.quant.layout import as_rows
+from mxdist.quant.philox import Draw
 from mxdist.quant.recipe import Operand, Recipe
 from mxdist.quant.reference import NonFinite, fake_quantise
+from mxdist.quant.transform import Frozen
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Where a rank's piece of a linear lies in the whole one, so that random numbers do not depend on the layout.
+
+    Offsets of this piece's first token, output feature and input feature, and the sizes of the whole; a size of None
+    means that this rank holds all of that axis. Offsets are multiples of 8.
+    """
+
+    token: int = 0
+    output: int = 0
+    input: int = 0
+    tokens: int | None = None
+    outputs: int | None = None
+    inputs: int | None = None
+
+    def draw(self, operand: str, seed: int) -> Draw:
+        """The random numbers of the operand called `operand` in `Recipe`, as it is quantised: contraction axis last."""
+        token, output, feature = (self.token, self.tokens), (self.output, self.outputs), (self.input, self.inputs)
+        rows, columns = {
+            "x_fwd": (token, feature),
+            "dy_dgrad": (token, output),
+            "dy_wgrad": (output, token),
+            "x_wgrad": (feature, token),
+        }[operand]
+        stream = ("x_fwd", "dy_dgrad", "dy_wgrad", "x_wgrad").index(operand)
+        return Draw(seed, stream, row=rows[0], column=columns[0], columns=columns[1])
 
 
 def mx_linear(
@@ -29,6 +60,8 @@ def mx_linear(
     bias: Tensor | None = None,
     *,
     seed: int | None = None,
+    shard: Shard | None = None,
+    frozen: Frozen | None = None,
     name: str = "linear",
     nonfinite: NonFinite = "error",
 ) -> Tensor:
@@ -38,7 +71,10 @@ def mx_linear(
     weight     [N, K], the master weight: it receives dW and, when `recipe.w` is None, is the weight multiplied with.
     weight_q   [N, K], the dequantised quantised weight. The caller makes it once per optimizer step and keeps it in
                x's dtype (another dtype is converted on every call). Required exactly when `recipe.w` is set.
-    seed       required when `recipe.needs_seed`; should differ per step and layer.
+    seed       required when an operand of this call draws random numbers (without gradients only x_fwd can); should
+               differ per step and layer.
+    shard      where this rank's x and weight lie in the whole linear; only random numbers depend on it.
+    frozen     the mean or threshold of `recipe.x_fwd`, when it uses them.
     name       the layer's name, for errors.
     nonfinite  what NaN and Inf in x or dY do, see `reference.quantise`.
 
@@ -47,58 +83,62 @@ def mx_linear(
     """
     if not recipe.quantises:
         return F.linear(x, weight, bias)
-    if recipe.needs_seed and seed is None:
+    trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    random = recipe.needs_seed if trained else recipe.x_fwd is not None and recipe.x_fwd.needs_seed
+    if random and seed is None:
         raise ValueError(f"recipe {recipe.name!r} draws random numbers: {name} needs a seed.")
     if recipe.w is None:
         weight_q = weight.detach()
     elif weight_q is None:
         raise ValueError(f"recipe {recipe.name!r} quantises weights: {name} needs weight_q, the quantised weight.")
-    return _MXLinear.apply(x, weight, weight_q, bias, recipe, seed, name, nonfinite)
+    site = _Site(recipe, seed, shard or Shard(), frozen, name, nonfinite)
+    return _MXLinear.apply(x, weight, weight_q, bias, site)
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """What forward and backward of one call share besides tensors."""
+
+    recipe: Recipe
+    seed: int | None
+    shard: Shard
+    frozen: Frozen | None
+    name: str
+    nonfinite: NonFinite
+
+    def quantise(self, tensor: Tensor, which: str) -> Tensor:
+        """Quantise along the last axis as the recipe says for the operand `which`, or return the tensor untouched."""
+        operand: Operand | None = getattr(self.recipe, which)
+        if operand is None:
+            return tensor
+        draw = self.shard.draw(which, self.seed) if operand.needs_seed and self.seed is not None else None
+        frozen = self.frozen if which == "x_fwd" else None
+        name = f"{self.name} {'input' if which.startswith('x') else 'gradient'}"
+        values = fake_quantise(tensor, operand, seed=draw, frozen=frozen, name=name, nonfinite=self.nonfinite)
+        return values.to(tensor.dtype)
 
 
 class _MXLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        weight_q: Tensor,
-        bias: Tensor | None,
-        recipe: Recipe,
-        seed: int | None,
-        name: str,
-        nonfinite: NonFinite,
-    ) -> Tensor:
-        x_q = x
-        if recipe.x_fwd is not None:
-            x_q = fake_quantise(x, recipe.x_fwd, seed=seed, name=f"{name} input", nonfinite=nonfinite).to(x.dtype)
-        ctx.save_for_backward(x if recipe.x_wgrad is not None else x_q, weight_q)
-        ctx.recipe, ctx.seed, ctx.name, ctx.nonfinite = recipe, seed, name, nonfinite
-        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+    def forward(ctx: Any, x: Tensor, weight: Tensor, weight_q: Tensor, bias: Tensor | None, site: _Site) -> Tensor:
+        x_q = site.quantise(x, "x_fwd")
+        ctx.save_for_backward(x if site.recipe.x_wgrad is not None else x_q, weight_q)
+        ctx.site, ctx.weight_dtype, ctx.bias_dtype = site, weight.dtype, None if bias is None else bias.dtype
         return F.linear(x_q, weight_q.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x_saved, weight_q = ctx.saved_tensors
-        recipe: Recipe = ctx.recipe
-        want_x, want_weight, _, want_bias = ctx.needs_input_grad[:4]
+        site: _Site = ctx.site
+        want_x, want_weight, _, want_bias, _ = ctx.needs_input_grad
         dx = dw = db = None
         if want_x:
-            dx = _gradient_operand(ctx, dy, recipe.dy_dgrad) @ weight_q.to(dy.dtype)
+            dx = site.quantise(dy, "dy_dgrad") @ weight_q.to(dy.dtype)
         if want_weight:
             # Both operands as [features, tokens], so that the contraction axis is last.
-            dy_t = _gradient_operand(ctx, as_rows(dy).t(), recipe.dy_wgrad)
-            x_t = _gradient_operand(ctx, as_rows(x_saved).t(), recipe.x_wgrad)
+            dy_t, x_t = site.quantise(as_rows(dy).t(), "dy_wgrad"), site.quantise(as_rows(x_saved).t(), "x_wgrad")
             dw = (dy_t @ x_t.t()).to(ctx.weight_dtype)
         if want_bias:
             db = as_rows(dy).sum(0).to(ctx.bias_dtype)
-        return dx, dw, None, db, None, None, None, None
-
-
-def _gradient_operand(ctx: Any, tensor: Tensor, operand: Operand | None) -> Tensor:
-    """Quantise a backward operand along its last axis, or return it untouched."""
-    if operand is None:
-        return tensor
-    name = f"{ctx.name} gradient"
-    return fake_quantise(tensor, operand, seed=ctx.seed, name=name, nonfinite=ctx.nonfinite).to(tensor.dtype)
+        return dx, dw, None, db, None

@@ -12,7 +12,7 @@ engine inside a config.json, so reading it is strict: an unknown key is an error
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ MAX_SEARCH_BITS = 4
 
 
 class ScaleRule(StrEnum):
-    """How the power-of-two block scale follows from the block's largest magnitude m (facts 1.2).
+    """How the power-of-two block scale follows from the block's largest magnitude m (NUMERICS.md 2).
 
     FLOOR  2^(floor(log2 m) - 2): the OCP rule; magnitudes in (6, 8) scale units saturate.
     CEIL   2^ceil(log2(m / 6)): never saturates; the rule of arXiv 2605.20402.
@@ -40,7 +40,7 @@ class ScaleRule(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Macro:
-    """Macro-block scaling: one factor f in [1, 2) shared by `size` elements, x_hat = Q(f x) / f (facts 3).
+    """Macro-block scaling: one factor f in [1, 2) shared by `size` elements, x_hat = Q(f x) / f (NUMERICS.md 5).
 
     size    elements that share a factor: 128, or 64.
     method  "static": f from the macro block's largest magnitude, truncated to `bits` mantissa bits (activations);
@@ -69,7 +69,7 @@ class Macro:
 
 @dataclass(frozen=True, slots=True)
 class Fallback:
-    """Outlier fallback (OF): a second MXFP4 tensor for the residual, x_hat = Q(x) + alpha Q(x - Q(x)) (facts 4).
+    """Outlier fallback (OF): a second MXFP4 tensor for the residual, x_hat = Q(x) + alpha Q(x - Q(x)) (NUMERICS.md 6).
 
     alpha     weight of the residual in [0, 1]; 0.5 is the paper's, 1 is the least squared error.
     fraction  None: every block has a residual (the paper). Otherwise only 128-tiles whose largest magnitude exceeds
@@ -91,7 +91,8 @@ class Operand:
     """How one GEMM operand becomes MXFP4. Blocks run along the contraction axis, which callers put last.
 
     block       elements per E8M0 scale: 32 (MXFP4), or 16.
-    square      True: one scale per block x block square (weights), so that W and W^T quantise identically.
+    square      True: one scale per block x block square (weights), so that W and W^T quantise identically. Macro
+                factors and E4M3 tiles become squares too, so rows depend on one another in groups of 128.
     scale_rule  see `ScaleRule`.
     macro       macro-block scaling or None.
     fallback    outlier fallback or None.
@@ -122,11 +123,14 @@ class Operand:
             raise ValueError(f"rounding {self.rounding!r} is neither nearest nor stochastic.")
         if self.hadamard not in ("none", "plain", "signed"):
             raise ValueError(f"hadamard {self.hadamard!r} is not one of none, plain, signed.")
-        if self.square and (self.macro or self.fallback or self.hadamard != "none"):
-            raise ValueError("square blocks go with neither macro-block scaling, outlier fallback nor Hadamard.")
+        if self.square and self.hadamard != "none":
+            raise ValueError("square blocks are shared by rows and columns, so they do not go with Hadamard.")
         if self.rounding == "stochastic" and self.scale_rule is not ScaleRule.CEIL:
             raise ValueError("stochastic rounding is unbiased only without saturation: it needs the ceil scale rule.")
-        if self.scale_rule is ScaleRule.BEST and self.macro and self.macro.method != "static":
+        searches = self.macro is not None and self.macro.method != "static"
+        if self.rounding == "stochastic" and searches:
+            raise ValueError("a macro factor is searched for rounding to nearest, not for stochastic rounding.")
+        if self.scale_rule is ScaleRule.BEST and searches:
             raise ValueError("the best scale rule and a searched macro factor are two searches: choose one of them.")
 
     @property
@@ -152,6 +156,13 @@ class Recipe:
     x_wgrad: Operand | None = None
     dy_wgrad: Operand | None = None
 
+    def __post_init__(self) -> None:
+        for field in OPERAND_NAMES[1:]:
+            operand = getattr(self, field)
+            flags = operand is not None and operand.fallback is not None and operand.fallback.fraction is not None
+            if operand is not None and (operand.mean or flags):
+                raise ValueError(f"recipe {self.name!r}: only x_fwd has a frozen mean or threshold, not {field}.")
+
     @property
     def quantises(self) -> bool:
         """True when any operand of any GEMM is quantised (False for bf16)."""
@@ -170,7 +181,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Recipe:
         """Inverse of `to_dict`. ValueError on an unknown or missing key, or on a value out of range."""
-        given = _checked(cls, data)
+        given = checked_keys(cls, data)
         for key in OPERAND_NAMES:
             if given.get(key) is not None:
                 given[key] = _operand_from_dict(given[key])
@@ -180,7 +191,7 @@ class Recipe:
 OPERAND_NAMES = ("x_fwd", "w", "dy_dgrad", "x_wgrad", "dy_wgrad")
 
 
-def _checked(cls: type, data: object) -> dict[str, Any]:
+def checked_keys(cls: type, data: object) -> dict[str, Any]:
     """Return a copy of `data` after checking that it is a dict whose keys are fields of `cls`."""
     label = cls.__name__.lower()
     if not isinstance(data, dict):
@@ -195,18 +206,27 @@ def _checked(cls: type, data: object) -> dict[str, Any]:
 
 
 def _operand_from_dict(data: object) -> Operand:
-    given = _checked(Operand, data)
+    given = checked_keys(Operand, data)
     if given.get("macro") is not None:
-        given["macro"] = Macro(**_checked(Macro, given["macro"]))
+        given["macro"] = Macro(**checked_keys(Macro, given["macro"]))
     if given.get("fallback") is not None:
-        given["fallback"] = Fallback(**_checked(Fallback, given["fallback"]))
+        given["fallback"] = Fallback(**checked_keys(Fallback, given["fallback"]))
     return Operand(**given)
 
 
 def _presets() -> dict[str, Recipe]:
-    """The named recipes. MBS is static for activations and searched for weights; OF acts on both operands."""
+    """The named recipes. MBS is static for activations and searched for weights; OF acts on both operands.
+
+    _g4 adds gradients: both backward operands of dY rounded stochastically, and the two operands of dW, which run
+    along tokens, rotated. The rotation is the plain one: arXiv 2605.09825 finds that random signs do not help.
+    """
     static, searched, fallback = Macro(method="static"), Macro(method="search", bits=4), Fallback(alpha=0.5)
-    recipes = (
+    gradients = {
+        "dy_dgrad": Operand(rounding="stochastic"),
+        "x_wgrad": Operand(hadamard="plain"),
+        "dy_wgrad": Operand(hadamard="plain", rounding="stochastic"),
+    }
+    forward = (
         Recipe("bf16"),
         Recipe("mxfp4", x_fwd=Operand(), w=Operand()),
         Recipe("mxfp4_mbs", x_fwd=Operand(macro=static), w=Operand(macro=searched)),
@@ -217,7 +237,8 @@ def _presets() -> dict[str, Recipe]:
             w=Operand(macro=searched, fallback=fallback),
         ),
     )
-    return {recipe.name: recipe for recipe in recipes}
+    g4 = [replace(recipe, name=f"{recipe.name}_g4", **gradients) for recipe in forward if recipe.quantises]
+    return {recipe.name: recipe for recipe in (*forward, *g4)}
 
 
 PRESETS = _presets()

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from mxdist.quant.format import e2m1_decode_packed, e8m0_decode
+from mxdist.quant.hadamard import POINTS
 from mxdist.quant.layout import per_block
+from mxdist.quant.philox import Draw
 from mxdist.quant.recipe import Operand
 from mxdist.quant.scaling import macro_factors
+from mxdist.quant.transform import Frozen, leave
 
 PART_NAMES = ("codes", "scales", "macro", "residual_codes", "residual_scales")
 
@@ -27,7 +30,8 @@ class MXTensor:
     codes            uint8 [..., ceil(K / block) * block / 2], two E2M1 codes a byte, low nibble first
     scales           uint8 [..., ceil(K / block)], E8M0
     macro            uint8 [..., ceil(K / macro.size)] or None
-    residual_codes, residual_scales   like codes and scales, or None without outlier fallback
+    residual_codes, residual_scales   like codes and scales, or None without outlier fallback; a residual scale of 0
+                     marks a block whose tile was not flagged
     shape            the logical shape, K last
     operand          how it was quantised, hence how it is read
     """
@@ -72,8 +76,18 @@ class MXTensor:
         """Bytes of all parts."""
         return sum(part.numel() for part in self.parts().values())
 
-    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return x_hat of the logical shape: computed in float32, then rounded to `dtype`."""
+    def dequantise(
+        self, dtype: torch.dtype = torch.float32, *, seed: int | Draw | None = None, frozen: Frozen | None = None
+    ) -> Tensor:
+        """Return x_hat of the logical shape: computed in float32, then rounded to `dtype`.
+
+        The bytes do not hold the mean or the random signs of operands that use them: pass the `frozen` and `seed`
+        that were given to `quantise`.
+        """
+        frozen, draw = frozen or Frozen(), Draw(seed) if isinstance(seed, int) else seed
+        Frozen(frozen.mean, 0.0).check(self.operand, self.shape[-1], "tensor")
+        if self.operand.hadamard == "signed" and draw is None:
+            raise ValueError("dequantising random signs needs the seed they were drawn from.")
         rows, k = math.prod(self.shape[:-1]), self.shape[-1]
         out = torch.empty(rows, k, dtype=dtype, device=self.codes.device)
         if out.numel() == 0:
@@ -82,7 +96,8 @@ class MXTensor:
         step = max(1, CHUNK // k)
         for start in range(0, rows, step):
             piece = {key: part[start : start + step] for key, part in flat.items()}
-            out[start : start + step] = _dequantise_rows(piece, self.operand)[:, :k]
+            values = leave(_dequantise_rows(piece, self.operand), self.operand, frozen, draw)
+            out[start : start + step] = values[:, :k]
         return out.view(self.shape)
 
     def __getitem__(self, rows: slice | int | Tensor | Sequence[int]) -> MXTensor:
@@ -114,7 +129,8 @@ def cat_rows(tensors: Sequence[MXTensor]) -> MXTensor:
 def part_shapes(shape: Sequence[int], operand: Operand) -> dict[str, tuple[int, ...]]:
     """Return the byte shape of every part of an `MXTensor` with this logical shape and operand."""
     *leading, k = shape
-    blocks = -(-k // operand.block)
+    unit = POINTS if operand.hadamard != "none" else operand.block  # a rotation fills its last 32 elements
+    blocks = -(-k // unit) * unit // operand.block
     codes, scales = (*leading, blocks * operand.block // 2), (*leading, blocks)
     shapes = {"codes": codes, "scales": scales}
     if operand.macro is not None:
@@ -146,5 +162,5 @@ def _dequantise_rows(parts: dict[str, Tensor], operand: Operand) -> Tensor:
 
 def _decode(codes: Tensor, scales: Tensor) -> Tensor:
     rows, blocks = scales.shape
-    values = e2m1_decode_packed(codes).view(rows, blocks, -1)
+    values = e2m1_decode_packed(codes).view(rows, blocks, 2 * codes.shape[1] // blocks)
     return values.mul_(e8m0_decode(scales).unsqueeze(-1))

@@ -5,11 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mxdist.quant.linear import mx_linear
+from mxdist.quant.linear import Shard, mx_linear
 from mxdist.quant.recipe import PRESETS, Operand, Recipe, get_recipe
 from mxdist.quant.reference import fake_quantise, quantise
+from mxdist.quant.transform import Frozen
 
-QUANTISED = [name for name in PRESETS if PRESETS[name].quantises]
+QUANTISED = [name for name in PRESETS if PRESETS[name].quantises and not PRESETS[name].needs_seed]
+G4 = [name for name in PRESETS if PRESETS[name].needs_seed]
 
 
 def case(tokens: tuple[int, ...] = (2, 5), dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -120,3 +122,76 @@ def test_a_missing_quantised_weight_and_a_nan_name_the_layer() -> None:
         mx_linear(x, weight, None, get_recipe("mxfp4"), name="layers.3.q_proj")
     with pytest.raises(ValueError, match=r"layers.3.q_proj input of shape \(2, 5, 160\) holds nan at position"):
         mx_linear(x * torch.nan, weight, weight.detach(), get_recipe("mxfp4"), name="layers.3.q_proj")
+
+
+@pytest.mark.parametrize("name", G4)
+def test_g4_rounds_gradients_stochastically_and_rotates_the_operands_of_dw(name: str) -> None:
+    recipe = get_recipe(name)
+    x, weight, _, dy = case(tokens=(50,))
+    weight_q = fake_quantise(weight.detach(), recipe.w)
+    y = mx_linear(x, weight, weight_q, recipe, seed=9)
+    y.backward(dy)
+    shard = Shard()
+    dy_d = fake_quantise(dy, recipe.dy_dgrad, seed=shard.draw("dy_dgrad", 9))
+    dy_w = fake_quantise(dy.T, recipe.dy_wgrad, seed=shard.draw("dy_wgrad", 9))
+    x_w = fake_quantise(x.detach().T, recipe.x_wgrad)
+    assert recipe.dy_wgrad.hadamard == recipe.x_wgrad.hadamard == "plain"
+    assert recipe.dy_dgrad.rounding == recipe.dy_wgrad.rounding == "stochastic"
+    assert torch.equal(y, F.linear(fake_quantise(x.detach(), recipe.x_fwd), weight_q))
+    assert torch.equal(x.grad, dy_d @ weight_q)
+    assert torch.allclose(weight.grad, dy_w @ x_w.T, rtol=1e-5, atol=1e-5)
+
+
+def test_g4_gradients_are_unbiased_in_dx() -> None:
+    recipe = get_recipe("mxfp4_g4")
+    x, weight, _, dy = case(tokens=(8,))
+    weight_q = fake_quantise(weight.detach(), recipe.w)
+    grads = []
+    for seed in range(200):
+        x.grad = None
+        mx_linear(x, weight, weight_q, recipe, seed=seed).backward(dy)
+        grads.append(x.grad)
+    mean, exact = torch.stack(grads).mean(0), dy @ weight_q
+    single = (grads[0] - exact).square().mean()
+    assert (mean - exact).square().mean() < 2 * single / 200
+
+
+def test_g4_needs_a_seed_for_training_but_not_for_evaluation() -> None:
+    recipe = get_recipe("mxfp4_g4")
+    x, weight, _, _ = case()
+    weight_q = fake_quantise(weight.detach(), recipe.w)
+    with pytest.raises(ValueError, match=r"'mxfp4_g4' draws random numbers: fc1 needs a seed"):
+        mx_linear(x, weight, weight_q, recipe, name="fc1")
+    with torch.no_grad():
+        assert torch.equal(mx_linear(x, weight, weight_q, recipe), mx_linear(x, weight, weight_q, get_recipe("mxfp4")))
+
+
+@pytest.mark.parametrize("axis", ["outputs", "tokens"])
+def test_random_gradients_do_not_depend_on_how_a_linear_is_sharded(axis: str) -> None:
+    recipe = get_recipe("mxfp4_g4")
+    generator = torch.Generator().manual_seed(1)
+    x, dy = torch.randn(64, 96, generator=generator), torch.randn(64, 64, generator=generator)
+    weight = torch.randn(64, 96, generator=generator, requires_grad=True)
+    weight_q = fake_quantise(weight.detach(), recipe.w)
+    mx_linear(x, weight, weight_q, recipe, seed=4).backward(dy)
+    whole, weight.grad = weight.grad, None
+    for start in (0, 32):
+        part = slice(start, start + 32)
+        if axis == "outputs":
+            shard = Shard(output=start, outputs=64)
+            mx_linear(x, weight[part], weight_q[part], recipe, seed=4, shard=shard).backward(dy[:, part])
+        else:
+            shard = Shard(token=start, tokens=64)
+            mx_linear(x[part], weight, weight_q, recipe, seed=4, shard=shard).backward(dy[part])
+    assert torch.allclose(weight.grad, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_values_reach_the_forward_operand() -> None:
+    x, weight, _, _ = case()
+    mean = torch.full((160,), 3.0)
+    recipe = Recipe("centred", x_fwd=Operand(mean=True))
+    y = mx_linear(x + 3, weight, None, recipe, frozen=Frozen(mean=mean))
+    expected = fake_quantise((x + 3).detach() - mean, Operand()) + mean
+    assert torch.equal(y, F.linear(expected, weight))
+    with pytest.raises(ValueError, match="only x_fwd has a frozen mean"):
+        Recipe("wrong", w=Operand(mean=True))
