@@ -151,6 +151,21 @@ def test_greedy_answers_are_the_most_likely_tokens_and_all_alike(engine: EngineP
 
 
 @only_quantised_moe
+def test_tokens_are_drawn_with_the_probabilities_that_are_reported(engine: EngineProcess) -> None:
+    tensors, count = sync(engine, seed=1, version=1), 3000
+    [group] = engine.generate(request_of(PROMPTS[:1], samples=count)).groups
+    first = torch.tensor([int(sample.tokens[0]) for sample in group.samples])
+    model = reference_model(engine.shape, tensors, get_recipe(engine.config.recipe))
+    with torch.no_grad():
+        expected = count * (model(torch.tensor([PROMPTS[0].tokens])).logits[0, -1] / 0.8).softmax(-1)
+    common = expected >= 5
+    drawn = torch.bincount(first, minlength=VOCABULARY)
+    chi_square = ((drawn - expected) ** 2 / expected)[common].sum().item()
+    assert common.sum() > 5
+    assert chi_square < common.sum() + 5 * (2 * common.sum()) ** 0.5  # mean and five deviations
+
+
+@only_quantised_moe
 def test_greedy_decoding_refuses_noise(engine: EngineProcess) -> None:
     sync(engine, seed=1, version=1)
     with pytest.raises(ValueError, match="evaluation is clean"):
