@@ -118,6 +118,8 @@ def _measure_rows(job: Job, start: int, stop: int) -> Moments:
     top = absmax.max().item()
     if top == 0:
         return moments
+    zero, moments.zeroed = _count_zeros(x, values)
+    moments.dead = -zero  # what follows counts zeros as dead
     if _TAME[0] < top < _TAME[1]:
         return moments + _element_statistics(x, values, absmax, 1.0)
     shrink = 2.0 ** max(-100, min(100, -math.frexp(top)[1]))  # kept within float32; squares are then near 1
@@ -133,22 +135,17 @@ def _element_statistics(x: Tensor, values: Tensor, absmax: Tensor, energy_unit: 
     scaled = torch.mul(x, torch.where(unit > 0, unit.reciprocal(), 0.0), out=scratch("scaled", x))
     ones = torch.full(scaled.shape[:2], E8M0_BIAS, dtype=torch.int32, device=x.device)
     ideal = round_fast(scaled, ones, saturate=False, wide=False, out=scratch("trial", x)).mul_(unit)
-    dead = torch.eq(ideal, 0, out=scratch("power", x))  # as 0.0 or 1.0, which is faster here than a bool
-    dead_count = int(dead.sum().item())
+    dead = torch.eq(ideal, 0, out=scratch("power", x))  # 0.0 or 1.0: much faster than making a bool
     error = torch.sub(values, x, out=scratch("left", x))
     scale = torch.sub(values, ideal, out=scaled)
     deadzone = torch.mul(x, dead, out=scratch("residual", x)).neg_()
     grid = ideal.sub_(x).sub_(deadzone)  # exactly zero in the deadzone
-    zero = torch.eq(x, 0, out=scratch("magnitudes", x))
-    lost = torch.eq(values, 0, out=dead)
-    lost_count = int(lost.sum().item()) - int(torch.dot(lost.flatten(), zero.flatten()).item())
 
     def dot(a: Tensor, b: Tensor) -> float:
         return torch.dot(a.flatten(), b.flatten()).item() * energy_unit
 
     return Moments(
-        zeroed=lost_count,
-        dead=dead_count - int(zero.sum().item()),
+        dead=int(dead.sum().item()),
         energy=dot(x, x),
         product=dot(x, values),
         error=dot(error, error),
@@ -158,6 +155,14 @@ def _element_statistics(x: Tensor, values: Tensor, absmax: Tensor, energy_unit: 
         scale_grid=dot(scale, grid),
         scale_deadzone=dot(scale, deadzone),
     )
+
+
+def _count_zeros(x: Tensor, values: Tensor) -> tuple[int, int]:
+    """Return how many elements of x are zero, and how many others are zero in `values`."""
+    zero = torch.eq(x, 0, out=scratch("power", x))
+    lost = torch.eq(values, 0, out=scratch("left", x))
+    both = torch.dot(lost.flatten(), zero.flatten()).item()
+    return int(zero.sum().item()), int(lost.sum().item() - both)
 
 
 def _block_statistics(result: Quantised, operand: Operand) -> Moments:

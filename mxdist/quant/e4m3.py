@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mxdist.quant.format import E8M0_BIAS, E8M0_MIN, E8M0_NAN, TILE, e2m1_decode_packed
 from mxdist.quant.layout import as_rows, group_max
+from mxdist.quant.rounding import scale_of
 from mxdist.quant.scaling import macro_factors
 from mxdist.quant.tensor import MXTensor
 
@@ -43,8 +44,9 @@ def to_e4m3(mx: MXTensor) -> tuple[Tensor, Tensor]:
     values, codes = F.pad(values, (0, 0, 0, pad)), F.pad(codes, (0, pad), value=E8M0_MIN)
     unit = (group_max(codes, TILE, operand.block) - TOP_EXPONENT).clamp_(min=E8M0_MIN)  # [rows, tiles]
     shift = codes - unit.repeat_interleave(TILE // operand.block, dim=-1)
-    stored = torch.ldexp(values, shift.unsqueeze(-1)).to(torch.float8_e4m3fn).flatten(1)
-    scales = torch.ldexp(torch.ones_like(unit, dtype=torch.float32), unit - E8M0_BIAS)
+    powers = scale_of((shift + E8M0_BIAS).clamp_(min=E8M0_MIN))
+    stored = (values * powers).to(torch.float8_e4m3fn).flatten(1)
+    scales = scale_of(unit).squeeze(-1)
     if mx.macro is not None and operand.macro is not None:
         scales = scales * macro_factors(operand.macro, as_rows(mx.macro))[1]
     return stored, scales

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -10,9 +10,6 @@ from mxdist.quant.format import E2M1_VALUES, e8m0_decode
 from mxdist.quant.recipe import PRESETS, Fallback, Macro, Operand, ScaleRule, get_recipe
 from mxdist.quant.reference import fake_quantise, quantise
 from tests.quant.strategies import bits, operands, tensors
-
-settings.register_profile("quant", max_examples=60, deadline=None)
-settings.load_profile("quant")
 
 
 def table_round(x: Tensor, scale: Tensor) -> Tensor:
