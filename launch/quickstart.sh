@@ -3,5 +3,4 @@
 # Further arguments are settings, such as run.seed=1 recipe=bf16.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" cpu
-cd "$root"
-exec "$venv/bin/mxdist" train configs/quickstart.yaml "$@"
+exec "$venv/bin/mxdist" train "$root/configs/quickstart.yaml" "$@"
