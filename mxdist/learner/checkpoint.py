@@ -48,15 +48,17 @@ def load(directory: Path, policy: Policy, shape: ModelShape) -> dict[str, object
     with torch.no_grad():
         forget(policy.model)
         strategy = FullyParallelLoadStrategyWrapper(
-            get_default_load_sharded_strategy(str(directory)), _data_parallel_group())
+            get_default_load_sharded_strategy(str(directory)), _data_parallel_group()
+        )
         state = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(directory), strategy)
         policy.model.load_state_dict(state["model"])
         for index, part in enumerate(policy.optimizer.chained_optimizers):
             settings = part.state_dict()["optimizer"]
             for group in settings["param_groups"]:
                 group["step"] = state["step"]
-            part.load_state_dict({"optimizer": settings, "param_state": state["optimizer"][index],
-                                  "param_state_sharding_type": SHARDING})
+            part.load_state_dict(
+                {"optimizer": settings, "param_state": state["optimizer"][index], "param_state_sharding_type": SHARDING}
+            )
         requantise(policy.model)
     return state["extra"]
 
@@ -75,9 +77,13 @@ def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
     }
     model = policy.model.sharded_state_dict(metadata=metadata)
     parts = policy.optimizer.chained_optimizers
-    return {"model": model,
-            "optimizer": {index: part.sharded_state_dict(model, is_loading, metadata=metadata)["param_state"]
-                          for index, part in enumerate(parts)}}
+    return {
+        "model": model,
+        "optimizer": {
+            index: part.sharded_state_dict(model, is_loading, metadata=metadata)["param_state"]
+            for index, part in enumerate(parts)
+        },
+    }
 
 
 def _optimizer_step(policy: Policy) -> int:
@@ -98,5 +104,6 @@ def _raise_if_other_model(directory: Path, shape: ModelShape) -> None:
     keys = [key for key in wanted if key not in ("initializer_range", "dtype") and saved.get(key) != wanted[key]]
     if keys:
         differences = ", ".join(f"{key} {saved.get(key)} there and {wanted[key]} here" for key in keys)
-        raise UserError(f"the checkpoint {directory} is of another model ({differences}); "
-                        f"use the settings it was made with")
+        raise UserError(
+            f"the checkpoint {directory} is of another model ({differences}); use the settings it was made with"
+        )

@@ -32,8 +32,7 @@ def _owned(model: GPTModel, shape: ModelShape) -> Iterator[HfTensor]:
 def _entry(tensor: HfTensor) -> TensorEntry:
     if tensor.module is None:
         values = tensor.read().float().cpu()
-        return TensorEntry(tensor.name, "dense", tensor.shape, {"values": _array(values)},
-                           {"values": checksum(values)})
+        return TensorEntry(tensor.name, "dense", tensor.shape, {"values": _array(values)}, {"values": checksum(values)})
     quantised = tensor.quantised()
     parts = {name: part.cpu() for name, part in quantised.parts().items()}
     checksums = {name: checksum(part) for name, part in parts.items()}

@@ -37,8 +37,14 @@ def fill_up(batch: TrainBatch, rows: int) -> TrainBatch:
     index = np.concatenate([np.arange(len(batch)), np.zeros(missing, dtype=np.int64)])
     filled = batch.rows(index)
     counts = np.arange(rows) < rows - missing
-    return TrainBatch(filled.tokens, filled.response_mask & counts[:, None], filled.rollout_logprobs,
-                      filled.advantages, np.where(counts, filled.weights, 0).astype(np.float32), batch.temperature)
+    return TrainBatch(
+        filled.tokens,
+        filled.response_mask & counts[:, None],
+        filled.rollout_logprobs,
+        filled.advantages,
+        np.where(counts, filled.weights, 0).astype(np.float32),
+        batch.temperature,
+    )
 
 
 def rejoin(pieces: Sequence[np.ndarray], rows: int, length: int) -> np.ndarray:
@@ -56,10 +62,22 @@ def _cut(batch: TrainBatch) -> TrainBatch:
     """Without the columns behind the last response token: nothing depends on them, attention being causal."""
     used = np.flatnonzero(batch.response_mask.any(axis=0))
     length = max(int(used[-1]) + 1 if len(used) else 0, 2)
-    return TrainBatch(batch.tokens[:, :length], batch.response_mask[:, :length], batch.rollout_logprobs[:, :length],
-                      batch.advantages, batch.weights, batch.temperature)
+    return TrainBatch(
+        batch.tokens[:, :length],
+        batch.response_mask[:, :length],
+        batch.rollout_logprobs[:, :length],
+        batch.advantages,
+        batch.weights,
+        batch.temperature,
+    )
 
 
 def _blank(length: int, temperature: float) -> TrainBatch:
-    return TrainBatch(np.zeros((1, length), np.int64), np.zeros((1, length), bool), np.zeros((1, length), np.float32),
-                      np.zeros(1, np.float32), np.zeros(1, np.float32), temperature)
+    return TrainBatch(
+        np.zeros((1, length), np.int64),
+        np.zeros((1, length), bool),
+        np.zeros((1, length), np.float32),
+        np.zeros(1, np.float32),
+        np.zeros(1, np.float32),
+        temperature,
+    )

@@ -21,11 +21,19 @@ def start(rank: int, world_size: int, rendezvous: str, expert_parallel: int, run
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     torch.distributed.init_process_group(
-        "nccl" if on_gpu else "gloo", init_method=rendezvous, rank=rank, world_size=world_size,
-        timeout=timedelta(seconds=timeout))
+        "nccl" if on_gpu else "gloo",
+        init_method=rendezvous,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout),
+    )
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=1, pipeline_model_parallel_size=1, expert_model_parallel_size=expert_parallel,
-        expert_tensor_parallel_size=1, create_gloo_process_groups=on_gpu)
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        expert_model_parallel_size=expert_parallel,
+        expert_tensor_parallel_size=1,
+        create_gloo_process_groups=on_gpu,
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(derive_seed(run_seed, "learner", bits=31))
 
 

@@ -49,15 +49,27 @@ class Policy:
         model.config.finalize_model_grads_func = _sum_gradients
         self._ddp = DistributedDataParallel(
             model.config,
-            DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True,
-                                          overlap_grad_reduce=False),
-            model)
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+            ),
+            model,
+        )
         self.optimizer: ChainedOptimizer = get_megatron_optimizer(
             OptimizerConfig(
-                optimizer="adam", lr=settings.lr, weight_decay=settings.weight_decay, adam_beta1=settings.beta1,
-                adam_beta2=settings.beta2, adam_eps=settings.eps, clip_grad=settings.clip_grad,
-                bf16=model.config.bf16, params_dtype=model.config.params_dtype, use_distributed_optimizer=True),
-            [self._ddp], use_gloo_process_groups=torch.cuda.is_available())
+                optimizer="adam",
+                lr=settings.lr,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.beta1,
+                adam_beta2=settings.beta2,
+                adam_eps=settings.eps,
+                clip_grad=settings.clip_grad,
+                bf16=model.config.bf16,
+                params_dtype=model.config.params_dtype,
+                use_distributed_optimizer=True,
+            ),
+            [self._ddp],
+            use_gloo_process_groups=torch.cuda.is_available(),
+        )
         for group in self.optimizer.param_groups:
             group["weight_decay"] = settings.weight_decay * group["wd_mult"]  # norms have wd_mult 0
         for part in self.optimizer.chained_optimizers:
@@ -95,12 +107,15 @@ class Policy:
         _, norm, _ = self.optimizer.step()
         requantise(self.model)
         if not np.isfinite(norm):
-            raise RunStopped(f"the gradients are not finite (norm {norm}); lower optimizer.lr or look at the data "
-                             f"of this step")
+            raise RunStopped(
+                f"the gradients are not finite (norm {norm}); lower optimizer.lr or look at the data of this step"
+            )
         return float(norm)
 
     def _run(
-        self, batches: Sequence[TrainBatch], loss: Callable[[TrainBatch, Tensor], LossOutput] | None,
+        self,
+        batches: Sequence[TrainBatch],
+        loss: Callable[[TrainBatch, Tensor], LossOutput] | None,
         forward_only: bool,
     ) -> list[Scored]:
         def forward_step(data: Any, model: torch.nn.Module) -> tuple[Tensor, Callable]:
@@ -121,8 +136,14 @@ class Policy:
 
         rows, length = batches[0].tokens.shape
         return get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=iter(batches), model=[self._ddp],
-            num_microbatches=len(batches), seq_length=length, micro_batch_size=rows, forward_only=forward_only)
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[self._ddp],
+            num_microbatches=len(batches),
+            seq_length=length,
+            micro_batch_size=rows,
+            forward_only=forward_only,
+        )
 
     @property
     def _device(self) -> torch.device:

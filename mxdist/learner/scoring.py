@@ -6,9 +6,7 @@ from torch import Tensor
 from mxdist.messages import EntropyStatistics
 
 
-def token_scores(
-    logits: Tensor, tokens: Tensor, mask: Tensor, temperature: float
-) -> tuple[Tensor, EntropyStatistics]:
+def token_scores(logits: Tensor, tokens: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, EntropyStatistics]:
     """Score the tokens of ``mask`` under softmax(logits / temperature), in float32.
 
     Args:

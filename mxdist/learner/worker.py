@@ -50,15 +50,23 @@ class LearnerWorker:
         config = self.config
         if not torch.cuda.is_available():
             torch.set_num_threads(max(1, int(config.learner.cpus_per_rank)))
-        parallel.start(self.rank, self.world_size, self.rendezvous, config.learner.expert_parallel, config.run.seed,
-                       config.deadlines.update)
+        parallel.start(
+            self.rank,
+            self.world_size,
+            self.rendezvous,
+            config.learner.expert_parallel,
+            config.run.seed,
+            config.deadlines.update,
+        )
         model = build_gpt(self.shape, self.recipe, config.learner.expert_parallel)
         initialise(model, self.shape, config.run.seed)
         self._policy = Policy(model, config.optimizer)
         return LearnerReport(
-            rank=self.rank, quantised_modules=quantised_modules(model, self.shape),
+            rank=self.rank,
+            quantised_modules=quantised_modules(model, self.shape),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            resident_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            resident_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        )
 
     def score(self, batch: TrainBatch) -> np.ndarray:
         """Log-probabilities of the response tokens of this rank's own rows, forward only.
@@ -74,9 +82,7 @@ class LearnerWorker:
         scored = self._policy.score(micro_batches(fill_up(batch, rows), self.config.learner.micro_batch))
         return rejoin([piece.logprobs for piece in scored], *batch.tokens.shape)
 
-    def update(
-        self, batch: TrainBatch, algorithm: AlgorithmConfig | Supervised, learning_rate: float
-    ) -> UpdateReport:
+    def update(self, batch: TrainBatch, algorithm: AlgorithmConfig | Supervised, learning_rate: float) -> UpdateReport:
         """Make ``algorithm.minibatches`` optimizer updates of the whole step's batch, which every rank is given.
 
         Update i takes the i-th run of consecutive rows, of which this rank takes every ``world_size``-th.

@@ -100,8 +100,15 @@ class GroupStepAdam(torch.optim.Optimizer):
     each of them then increments.
     """
 
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0.0, adam_w_mode: bool = True) -> None:
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+    ) -> None:
         if not adam_w_mode:
             raise ValueError("only decoupled weight decay is implemented; set adam_w_mode=True")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -118,10 +125,20 @@ class GroupStepAdam(torch.optim.Optimizer):
             states = [self.state[param] for param in params]
             done = int(group.get("step", 0))
             adamw(
-                params, [param.grad for param in params], [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states], [], [torch.tensor(float(done)) for _ in params],
-                fused=True, amsgrad=False, maximize=False, beta1=group["betas"][0], beta2=group["betas"][1],
-                lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+                params,
+                [param.grad for param in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [torch.tensor(float(done)) for _ in params],
+                fused=True,
+                amsgrad=False,
+                maximize=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
             )
             group["step"] = done + 1
 

@@ -34,10 +34,12 @@ def quantise_every_linear(recipe: Recipe) -> RecipeConfig | None:
     """Megatron's own recipe object, by which ``finish_init`` reaches all modules; None when nothing is quantised."""
     if not recipe.quantises:
         return None
-    return RecipeConfig.from_config_dict({
-        "configs": {"mx": recipe.to_dict()},
-        "matchers": {"all": {"type": "glob", "enabled": True, "pattern": "*", "config": "mx"}},
-    })
+    return RecipeConfig.from_config_dict(
+        {
+            "configs": {"mx": recipe.to_dict()},
+            "matchers": {"all": {"type": "glob", "enabled": True, "pattern": "*", "config": "mx"}},
+        }
+    )
 
 
 class _MxLinear(QuantisedWeight):
@@ -46,13 +48,27 @@ class _MxLinear(QuantisedWeight):
     def finish_init(self, quantization_config: QuantizationConfig | None) -> None:
         self.recipe = None if quantization_config is None else Recipe.from_dict(quantization_config.config)
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *, bias: Tensor | None, allreduce_dgrad: bool,
-                      sequence_parallel: bool, tp_group: torch.distributed.ProcessGroup | None,
-                      **fusions: object) -> Tensor:
+    def _forward_impl(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        *,
+        bias: Tensor | None,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        tp_group: torch.distributed.ProcessGroup | None,
+        **fusions: object,
+    ) -> Tensor:
         if self.recipe is None:
             return super()._forward_impl(  # type: ignore[misc]
-                input, weight, bias=bias, allreduce_dgrad=allreduce_dgrad, sequence_parallel=sequence_parallel,
-                tp_group=tp_group, **fusions)
+                input,
+                weight,
+                bias=bias,
+                allreduce_dgrad=allreduce_dgrad,
+                sequence_parallel=sequence_parallel,
+                tp_group=tp_group,
+                **fusions,
+            )
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(input, group=tp_group)
         elif allreduce_dgrad:
@@ -90,7 +106,9 @@ class MxSpecProvider(LocalSpecProvider):
         return RmsNorm
 
     def grouped_mlp_modules(
-        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool  # noqa: ARG002
+        self,
+        moe_use_grouped_gemm: bool,
+        moe_use_legacy_grouped_gemm: bool,  # noqa: ARG002
     ) -> tuple[type, MLPSubmodules]:
         return MxExperts, MLPSubmodules(linear_fc1=MxColumnParallelLinear, linear_fc2=MxRowParallelLinear)
 

@@ -12,8 +12,13 @@ from tests.learner.batches import random_batch
 def numbered(rows: int) -> TrainBatch:
     """A batch whose advantages are 1, 2, 3, ..., so that rows can be told apart."""
     batch = random_batch(rows)
-    return TrainBatch(batch.tokens, batch.response_mask, batch.rollout_logprobs,
-                      np.arange(1, rows + 1, dtype=np.float32), batch.weights)
+    return TrainBatch(
+        batch.tokens,
+        batch.response_mask,
+        batch.rollout_logprobs,
+        np.arange(1, rows + 1, dtype=np.float32),
+        batch.weights,
+    )
 
 
 def counting_rows(batches: list[TrainBatch]) -> list[float]:

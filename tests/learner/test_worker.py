@@ -85,7 +85,7 @@ def test_one_update_has_no_policy_drift_and_a_second_minibatch_has_some(ranks: R
     for minibatches in (1, 3):
         with ranks.learners(MOE, "bf16") as learners:
             algorithm = Grpo(minibatches=minibatches, prompts_per_step=3, samples_per_prompt=4)
-            report, = learners.call("update", batch, algorithm, 1e-2)
+            (report,) = learners.call("update", batch, algorithm, 1e-2)
             drift[minibatches] = mean([report], "actor/ppo_kl")
             assert (report.seconds["old_logprobs"] > 0) == (minibatches > 1)
     assert drift[1] == 0
@@ -116,6 +116,16 @@ def test_supervised_steps_learn_a_small_batch_by_heart(recipe: str, ranks: RankP
         losses = [mean(learners.call("update", batch, Supervised(), 1e-2), "warm_start/loss") for _ in range(40)]
     assert losses[0] > 3
     assert losses[-1] < 0.5
+
+
+def test_a_bfloat16_model_trains_like_the_float32_one(ranks: RankProcesses) -> None:
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        with ranks.learners(MOE.model_copy(update={"dtype": dtype}), "mxfp4", 2) as learners:
+            reports = [learners.call("update", random_batch(), Supervised(), 1e-3) for _ in range(10)]
+            losses[dtype] = np.array([mean(report, "warm_start/loss") for report in reports])
+    assert losses["float32"][0] - losses["float32"][-1] > 0.1
+    assert np.abs(losses["bfloat16"] - losses["float32"]).max() < 0.1
 
 
 def test_gradients_that_are_not_finite_stop_the_run(ranks: RankProcesses) -> None:
@@ -154,8 +164,9 @@ def test_every_tensor_is_exported_by_exactly_one_rank(expert_parallel: int, rank
         modules = {name for report in learners.reports for name in report.quantised_modules}
     names = [entry.name for payload in payloads for entry in payload.entries]
     assert len(names) == len(set(names)) == 2 + 1 + MOE.num_hidden_layers * (2 + 6 + 1 + 3 * MOE.num_experts)
-    assert {entry.name.removesuffix(".weight") for payload in payloads for entry in payload.entries
-            if entry.kind == "mx"} == modules
+    assert {
+        entry.name.removesuffix(".weight") for payload in payloads for entry in payload.entries if entry.kind == "mx"
+    } == modules
     assert all(payload.version == 7 for payload in payloads)
 
 
@@ -221,13 +232,15 @@ def train(learners: Learners, seeds: range) -> list[tuple[float, float]]:
     return results
 
 
-def test_training_continues_bit_for_bit_from_a_checkpoint(ranks: RankProcesses, tmp_path: Path) -> None:
-    with ranks.learners(MOE, "mxfp4_mbs_of", 2) as learners:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_continues_bit_for_bit_from_a_checkpoint(dtype: str, ranks: RankProcesses, tmp_path: Path) -> None:
+    model = MOE.model_copy(update={"dtype": dtype})
+    with ranks.learners(model, "mxfp4_mbs_of", 2) as learners:
         train(learners, range(2))
         learners.call("save", tmp_path, {"step": 2})
         uninterrupted = train(learners, range(2, 5))
         weights = [entry.checksums for payload in learners.call("export", 5) for entry in payload.entries]
-    with ranks.learners(MOE, "mxfp4_mbs_of", 2, run={"seed": 1}) as learners:
+    with ranks.learners(model, "mxfp4_mbs_of", 2, run={"seed": 1}) as learners:
         assert learners.call("load", tmp_path) == [{"step": 2}, {"step": 2}]
         assert train(learners, range(2, 5)) == uninterrupted
         assert [entry.checksums for payload in learners.call("export", 5) for entry in payload.entries] == weights

@@ -13,8 +13,19 @@ from mxdist.learner.worker import LearnerWorker
 from mxdist.messages import LearnerReport
 from mxdist.model.shape import ModelShape
 
-MOE = ModelConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-                  num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, initializer_range=0.1)
+MOE = ModelConfig(
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    initializer_range=0.1,
+    rope_theta=50.0,
+    rms_norm_eps=1e-3,
+)  # far from the defaults, so that leaving them out would show
 DENSE = MOE.model_copy(update={"num_experts": 0, "intermediate_size": 96})
 
 
@@ -69,8 +80,9 @@ class RankProcesses:
     def learners(self, model: ModelConfig, recipe: str, ranks: int = 1, **settings: Any) -> Iterator[Learners]:
         """Build a learner of ``ranks`` ranks, with expert parallelism over all of them where there are experts."""
         expert_parallel = settings.pop("expert_parallel", ranks if model.num_experts else 1)
-        learner = LearnerConfig(ranks=ranks, expert_parallel=expert_parallel,
-                                micro_batch=settings.pop("micro_batch", 8))
+        learner = LearnerConfig(
+            ranks=ranks, expert_parallel=expert_parallel, micro_batch=settings.pop("micro_batch", 8)
+        )
         config = Config(model=model, recipe=recipe, learner=learner, **settings)
         rendezvous = f"tcp://127.0.0.1:{_free_port()}"
         learners = Learners(self._pipes[:ranks], config, shape_of(model), ranks, rendezvous)

@@ -106,9 +106,7 @@ def test_gradients_go_straight_through_and_dx_uses_the_quantised_weight(recipe: 
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_experts_multiply_the_routing_probability_after_the_down_projection(
-    recipe: str, ranks: RankProcesses
-) -> None:
+def test_experts_multiply_the_routing_probability_after_the_down_projection(recipe: str, ranks: RankProcesses) -> None:
     with ranks.learners(MOE, recipe) as learners:
         learners.run(check_experts)
 
@@ -121,9 +119,9 @@ def test_an_expert_without_tokens_gets_a_gradient_of_zeros(recipe: str, ranks: R
 
 def test_quantised_weights_follow_every_optimizer_step(ranks: RankProcesses) -> None:
     with ranks.learners(MOE, "mxfp4_mbs_of") as learners:
-        before, = learners.run(codes)
+        (before,) = learners.run(codes)
         learners.call("update", random_batch(), Supervised(), 1e-2)
-        after, = learners.run(codes)
+        (after,) = learners.run(codes)
         assert all(learners.run(is_fresh)[0])
     assert all(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
 

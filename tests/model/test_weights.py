@@ -44,7 +44,7 @@ def write_too_much(worker: LearnerWorker) -> None:
 def test_logits_are_those_of_transformers(model: ModelConfig, ranks: RankProcesses, tmp_path: Path) -> None:
     shape = shape_of(model)
     with ranks.learners(model, "bf16") as learners:
-        ours, = learners.run(logits, TOKENS)
+        (ours,) = learners.run(logits, TOKENS)
         reference = transformers_model(shape, learners.call("export", 0), tmp_path)
     with torch.no_grad():
         theirs = reference(torch.from_numpy(TOKENS)).logits.numpy()
@@ -91,7 +91,7 @@ def test_the_quantised_modules_are_all_linears_but_router_embedding_and_output(
     model: ModelConfig, ranks: RankProcesses
 ) -> None:
     with ranks.learners(model, "mxfp4") as learners:
-        report, = learners.reports
+        (report,) = learners.reports
         assert list(report.quantised_modules) == linears(shape_of(model))
     with ranks.learners(model, "bf16") as learners:
         assert learners.reports[0].quantised_modules == ()
