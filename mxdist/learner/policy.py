@@ -89,7 +89,7 @@ class Policy:
 
         Args:
             old_logprobs: by micro-batch, as ``score`` gave them before the first update of this step; None when this
-                is the first, so that they are those of this very pass.
+                is the only update, so that they are those of this very pass.
         """
         self._ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -105,11 +105,11 @@ class Policy:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         _, norm, _ = self.optimizer.step()
-        requantise(self.model)
         if not np.isfinite(norm):
             raise RunStopped(
                 f"the gradients are not finite (norm {norm}); lower optimizer.lr or look at the data of this step"
             )
+        requantise(self.model)
         return float(norm)
 
     def _run(

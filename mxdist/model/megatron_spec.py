@@ -107,7 +107,7 @@ class MxSpecProvider(LocalSpecProvider):
 
     def grouped_mlp_modules(
         self,
-        moe_use_grouped_gemm: bool,
+        moe_use_grouped_gemm: bool,  # noqa: ARG002
         moe_use_legacy_grouped_gemm: bool,  # noqa: ARG002
     ) -> tuple[type, MLPSubmodules]:
         return MxExperts, MLPSubmodules(linear_fc1=MxColumnParallelLinear, linear_fc2=MxRowParallelLinear)

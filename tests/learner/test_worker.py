@@ -128,10 +128,22 @@ def test_a_bfloat16_model_trains_like_the_float32_one(ranks: RankProcesses) -> N
     assert np.abs(losses["bfloat16"] - losses["float32"]).max() < 0.1
 
 
-def test_gradients_that_are_not_finite_stop_the_run(ranks: RankProcesses) -> None:
+def test_weight_decay_shrinks_matrices_and_leaves_norms_alone(ranks: RankProcesses) -> None:
+    batch = replace(random_batch(), weights=np.zeros(12, np.float32))  # no gradient: decay is all that acts
+    with ranks.learners(MOE, "bf16", 2, optimizer={"weight_decay": 0.5}) as learners:
+        before = tensors(learners.call("export", 0))
+        learners.call("update", batch, Supervised(), 0.1)
+        after = tensors(learners.call("export", 1))
+    for name, values in before.items():
+        factor = 1 - 0.5 * 0.1 if values.ndim == 2 else 1
+        assert np.allclose(after[name], factor * values, rtol=1e-6), name
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "mxfp4"])
+def test_gradients_that_are_not_finite_stop_the_run(recipe: str, ranks: RankProcesses) -> None:
     batch = random_batch()
     batch.weights[0] = np.nan
-    with ranks.learners(DENSE, "bf16") as learners, pytest.raises(RunStopped, match="not finite"):
+    with ranks.learners(DENSE, recipe) as learners, pytest.raises(RunStopped, match="not finite"):
         learners.call("update", batch, Supervised(), 1e-3)
 
 
