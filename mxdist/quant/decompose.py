@@ -37,6 +37,9 @@ from mxdist.quant.scratch import scratch
 _TAME = (2.0**-40, 2.0**40)
 """Maxima between these have squares that float32 sums without underflow or overflow."""
 
+_NEGLIGIBLE = 2.0**-120
+"""Blocks with a smaller ideal scale, next to a `_TAME` maximum, count as dead: their reciprocal would overflow."""
+
 
 @dataclass(frozen=True, slots=True)
 class Components:
@@ -132,7 +135,8 @@ def _element_statistics(x: Tensor, values: Tensor, absmax: Tensor, energy_unit: 
     Energies come out multiplied by `energy_unit`. Overwrites nothing that is passed in.
     """
     unit = absmax / E2M1_MAX
-    scaled = torch.mul(x, torch.where(unit > 0, unit.reciprocal(), 0.0), out=scratch("scaled", x))
+    inverse = torch.where(unit > _NEGLIGIBLE, unit.reciprocal(), 0.0)
+    scaled = torch.mul(x, inverse, out=scratch("scaled", x))
     ones = torch.full(scaled.shape[:2], E8M0_BIAS, dtype=torch.int32, device=x.device)
     ideal = round_fast(scaled, ones, saturate=False, wide=False, out=scratch("trial", x)).mul_(unit)
     dead = torch.eq(ideal, 0, out=scratch("power", x))  # 0.0 or 1.0: much faster than making a bool

@@ -32,7 +32,10 @@ TILE_SPAN = 14
 """E2M1 * 2^r is an E4M3 number for 15 consecutive r, hence a whole tile is exact in E4M3 (NUMERICS.md 3)."""
 
 FLOAT32_MANTISSA_BITS = 23
-FLOAT32_EXPONENT_MASK = 0x7F800000
+
+# As tensors, because torch converts a Python integer to one on every call, which on small inputs doubles the cost.
+MANTISSA_SHIFT = torch.tensor(FLOAT32_MANTISSA_BITS, dtype=torch.int32)
+EXPONENT_MASK = torch.tensor(0x7F800000, dtype=torch.int32)
 
 SCALE_CARRY = {ScaleRule.FLOOR: 0, ScaleRule.CEIL: 0x3FFFFF, ScaleRule.EVEN: 0x200000}
 """Added to the bits of a block maximum m = 1.f * 2^E so that they carry into the exponent when the rule asks for the
@@ -44,9 +47,15 @@ def e8m0_from_absmax(absmax: Tensor, rule: ScaleRule) -> Tensor:
 
     Integer arithmetic on the float's bits: no logarithm, so the same on every device. Source: NUMERICS.md 2.
     """
-    carry = SCALE_CARRY[ScaleRule.CEIL if rule is ScaleRule.BEST else rule]
-    codes = absmax.contiguous().view(torch.int32).add(carry).bitwise_right_shift_(FLOAT32_MANTISSA_BITS)
-    return codes.sub_(2).clamp_(E8M0_MIN, E8M0_MAX)
+    carry = _EXPONENT_CARRY[ScaleRule.CEIL if rule is ScaleRule.BEST else rule]
+    codes = absmax.contiguous().view(torch.int32).add(carry).bitwise_right_shift_(MANTISSA_SHIFT)
+    return codes.clamp_(E8M0_MIN, E8M0_MAX)
+
+
+# The exponent of the scale is that of the maximum, carried as above, less the 2 of E2M1's largest value 1.5 * 2^2.
+_EXPONENT_CARRY = {
+    rule: torch.tensor(carry - (2 << FLOAT32_MANTISSA_BITS), dtype=torch.int32) for rule, carry in SCALE_CARRY.items()
+}
 
 
 def e8m0_encode(scales: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ def per_block(per_group: Tensor, group: int, block: int, blocks: int) -> Tensor:
     """Repeat values [..., ceil(K / group)] shared by `group` elements: one for each block, [..., blocks]."""
     if per_group.shape[-1] == 1:
         return per_group.expand(*per_group.shape[:-1], blocks)
-    return per_group.repeat_interleave(group // block, dim=-1)[..., :blocks]
+    width = group // block
+    return per_group.unsqueeze(-1).expand(*per_group.shape, width).flatten(-2)[..., :blocks]
 
 
 def group_max(per_block_values: Tensor, group: int, block: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mxdist.quant.format import E2M1_MAX, FLOAT32_EXPONENT_MASK, FLOAT32_MANTISSA_BITS
+from mxdist.quant.format import E2M1_MAX, EXPONENT_MASK, MANTISSA_SHIFT
 from mxdist.quant.scratch import scratch
 
 SAFE_MAX = 2.0**100
@@ -43,7 +43,7 @@ def round_fast(blocks: Tensor, codes: Tensor, saturate: bool, wide: bool, out: T
         scaled = (blocks * scale_of(254 - codes)).clamp_(-E2M1_MAX, E2M1_MAX)
         return round_fast(scaled, unit, saturate=False, wide=False, out=out).mul_(scale)
     power = scratch("power", blocks)
-    torch.bitwise_and(blocks.view(torch.int32), FLOAT32_EXPONENT_MASK, out=power.view(torch.int32))
+    torch.bitwise_and(blocks.view(torch.int32), EXPONENT_MASK, out=power.view(torch.int32))
     torch.maximum(power, scale, out=power)
     rounded = torch.add(blocks, power, alpha=_MAGIC, out=out).sub_(power, alpha=_MAGIC)
     if saturate:
@@ -67,4 +67,4 @@ def round_stochastic(blocks: Tensor, codes: Tensor, noise: Tensor) -> Tensor:
 
 def scale_of(codes: Tensor) -> Tensor:
     """Return 2^(code - 127) as float32 [rows, blocks, 1] for int32 codes 1..254; 0 for code 0."""
-    return (codes << FLOAT32_MANTISSA_BITS).view(torch.float32).unsqueeze(-1)
+    return (codes << MANTISSA_SHIFT).view(torch.float32).unsqueeze(-1)

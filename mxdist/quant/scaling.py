@@ -31,6 +31,8 @@ The result may live in `scratch`: it is used up before the next call."""
 FOLDED_DECODE = (1.0, 1.25, 1.5)
 """Decode factors g = 1/f of the "folded" macro method: g times any E2M1 value is an E4M3 number (NUMERICS.md 5)."""
 
+_SPAN = torch.tensor(TILE_SPAN, dtype=torch.int32)
+
 MACRO_LIMIT = 2.0**126
 """A macro block whose maximum reaches this keeps f = 1, so that f * x stays finite."""
 
@@ -58,10 +60,16 @@ def codes_from_maxima(absmax: Tensor, operand: Operand) -> Tensor:
     """
     if operand.square:
         absmax = rows_max(absmax, operand.block)
+    count, width = absmax.shape[-1], TILE // operand.block
+    if count % width:
+        absmax = F.pad(absmax, (0, -count % width))
+    absmax = absmax.unflatten(-1, (-1, width))  # [..., rows, tiles, blocks of a tile]
     codes = e8m0_from_absmax(absmax, operand.scale_rule)
-    top = _tile_top(codes, operand)
-    codes = torch.maximum(codes, top - TILE_SPAN)
-    return torch.where(absmax == 0, top, codes)
+    top = codes.amax(-1, keepdim=True)
+    if operand.square:
+        top = rows_max(top.squeeze(-1), TILE).unsqueeze(-1)
+    codes = torch.maximum(codes, top - _SPAN)
+    return torch.where(absmax.logical_not(), top, codes).flatten(-2)[..., :count]
 
 
 def _tile_top(codes: Tensor, operand: Operand) -> Tensor:

@@ -1,0 +1,16 @@
+"""MXFP4 on Hopper's FP8 tensor cores: the quantiser of `mxdist.quant.reference` as Triton kernels, and exact GEMMs.
+
+    options       which operands the kernels can do, as compile-time constants; no Triton import
+    forms         E4M3 bytes with float32 scales: the three layouts that FP8 GEMMs read
+    device        building blocks of the kernels: scales, rounding, random bits, Hadamard
+    quant_rows    one scale per row
+    quant_tiles   one scale per 1 x 128 tile: along rows, along columns, or both from one read
+    quant_weight  weights: one rounding, W and W^T
+    quant_packed  nibbles and E8M0 bytes: the form that is sent and saved
+    gemm          dense FP8 GEMMs: which one, and why
+    grouped       the same for experts
+    linear        mx_linear on these kernels
+
+Every kernel writes the values of `reference.quantise` bit for bit. Import from the submodules; those with kernels
+import Triton.
+"""

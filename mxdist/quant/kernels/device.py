@@ -1,0 +1,147 @@
+"""Building blocks of the quantiser kernels: block scales, rounding to the E2M1 grid, random bits, Hadamard.
+
+A piece of a matrix is float32 [ROWS, COLS], COLS a multiple of 128 along the contraction axis; seen as blocks it is
+[ROWS, TILES, 4, 32]. Codes are E8M0 codes as int32. Inputs are loaded as float32 before anything else: the
+interpreter that runs these kernels on a CPU computes wrongly in bfloat16.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+EXPONENT_MASK = tl.constexpr(0x7F800000)
+MAGIC = tl.constexpr(1.5 * 2.0**22)
+SPAN = tl.constexpr(14)
+TOP = tl.constexpr(6)
+"""The E4M3 unit lies this many binades below the group's largest code: 6 * 2^6 = 384 <= 448."""
+
+
+@triton.jit
+def power_of_two(code):
+    """2^(code - 127) for codes 1..254."""
+    return (code << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def code_of(absmax, CARRY: tl.constexpr):
+    """E8M0 codes of block maxima >= 0, finite (format.e8m0_from_absmax)."""
+    code = ((absmax.to(tl.int32, bitcast=True) + CARRY) >> 23) - 2
+    return tl.minimum(tl.maximum(code, 1), 252)
+
+
+@triton.jit
+def block_maxima(blocks):
+    """Largest magnitude of blocks [..., 32] and whether one of them is NaN or Inf; the maximum is then 0.
+
+    Compared as integers: float maxima would skip NaN.
+    """
+    bits = tl.max(blocks.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=3)
+    bad = bits >= EXPONENT_MASK
+    return tl.where(bad, 0, bits).to(tl.float32, bitcast=True), bad
+
+
+@triton.jit
+def static_factor(tile_max, BITS: tl.constexpr):
+    """Macro byte and encode factor f in [1, 2) of tiles with this maximum (scaling.static_macro)."""
+    ratio = tl.div_rn(tl.full(tile_max.shape, 6.0, tl.float32), tl.maximum(tile_max, 1e-12))
+    byte = (ratio.to(tl.int32, bitcast=True) >> 15) & (0x100 - (1 << (8 - BITS)))
+    byte = tl.where(tile_max >= 85070591730234615865843651857942052864.0, 0, byte)  # 2^126: f x stays finite
+    return byte, 1.0 + byte.to(tl.float32) * 0.00390625
+
+
+@triton.jit
+def spread_codes(code, absmax, top):
+    """Raise codes to their tile's largest minus 14; blocks of zeros take the largest (scaling.codes_from_maxima)."""
+    return tl.where(absmax == 0.0, top, tl.maximum(code, top - SPAN))
+
+
+@triton.jit
+def round_nearest(y, scale, SATURATE: tl.constexpr):
+    """Round to E2M1 times `scale`, ties to even, without dividing: rounding.round_fast. Zero comes out as +0."""
+    power = (y.to(tl.int32, bitcast=True) & EXPONENT_MASK).to(tl.float32, bitcast=True)
+    magic = tl.maximum(power, scale) * MAGIC
+    rounded = (y + magic) - magic
+    if SATURATE:
+        rounded = tl.minimum(tl.maximum(rounded, -6.0 * scale), 6.0 * scale)
+    return rounded
+
+
+@triton.jit
+def round_random(y, scale, noise):
+    """Round to one of the two neighbours in E2M1 times `scale` (rounding.round_stochastic); noise in (0, 1)."""
+    power = (y.to(tl.int32, bitcast=True) & EXPONENT_MASK).to(tl.float32, bitcast=True)
+    step = tl.maximum(power, scale) * 0.5
+    per_step = (0x7F000000 - step.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)  # 1 / step
+    rounded = tl.floor(tl.abs(y) * per_step + noise) * step
+    return tl.where(y < 0, tl.where(rounded == 0.0, 0.0, -rounded), rounded)
+
+
+@triton.jit
+def uniform(seed, stream, purpose, row, call, first_call, calls_per_row, ROWS: tl.constexpr, CALLS: tl.constexpr):
+    """Noise (r + 1/2) / 2^16 float32 [ROWS, 8 CALLS] of philox.uniform: rows from `row`, calls from `call`."""
+    rows = (row + tl.arange(0, ROWS)).to(tl.int64)
+    counter = rows[:, None] * calls_per_row + (first_call + call + tl.arange(0, CALLS))[None, :]
+    low = (counter & 0xFFFFFFFF).to(tl.uint32)
+    high = (counter >> 32).to(tl.uint32)
+    a, b, c, d = tl.philox(seed, low, high, (high * 0 + stream).to(tl.uint32), (high * 0 + purpose).to(tl.uint32))
+    even = tl.join(tl.join(a & 0xFFFF, c & 0xFFFF), tl.join(b & 0xFFFF, d & 0xFFFF))
+    odd = tl.join(tl.join(a >> 16, c >> 16), tl.join(b >> 16, d >> 16))
+    halves = tl.reshape(tl.join(even, odd), [ROWS, 8 * CALLS])  # element 8 call + 4 i + 2 j + k
+    return (halves.to(tl.int32).to(tl.float32) + 0.5) * 1.52587890625e-05
+
+
+@triton.jit
+def _butterfly(x, HALF: tl.constexpr, GROUPS: tl.constexpr):
+    pairs = tl.permute(tl.reshape(x, [GROUPS, 2, HALF]), [0, 2, 1])
+    left, right = tl.split(pairs)
+    return tl.permute(tl.join(left + right, left - right), [0, 2, 1])
+
+
+@triton.jit
+def rotate(x, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """H x / 32 for every run of 32 along [ROWS, COLS], in the order of additions of hadamard.hadamard."""
+    x = x * 0.03125
+    n: tl.constexpr = ROWS * COLS
+    x = _butterfly(x, 1, n // 2)
+    x = _butterfly(x, 2, n // 4)
+    x = _butterfly(x, 4, n // 8)
+    x = _butterfly(x, 8, n // 16)
+    x = _butterfly(x, 16, n // 32)
+    return tl.reshape(x, [ROWS, COLS])
+
+
+@triton.jit
+def tile_scales(blocks, CARRY: tl.constexpr, MACRO_BITS: tl.constexpr):
+    """Of blocks [ROWS, TILES, 4, 32]: codes and bad [ROWS, TILES, 4], macro byte, factor f and top [ROWS, TILES]."""
+    absmax, bad = block_maxima(blocks)
+    tile_max = tl.max(absmax, axis=2)
+    byte, factor = static_factor(tile_max, MACRO_BITS if MACRO_BITS > 0 else 8)
+    if MACRO_BITS > 0:
+        absmax = absmax * factor[:, :, None]
+    code = code_of(absmax, CARRY)
+    top = tl.max(tl.where(absmax == 0.0, 1, code), axis=2)
+    return spread_codes(code, absmax, top[:, :, None]), bad, byte, factor, top
+
+
+@triton.jit
+def encode(blocks, code, bad, factor, unit, noise, SATURATE: tl.constexpr, MACRO: tl.constexpr, RANDOM: tl.constexpr):
+    """Round blocks [ROWS, TILES, 4, 32] and return them in units of 2^(unit - 127), ready for an exact E4M3 cast.
+
+    unit is int32 [ROWS, TILES]. Working in units keeps every magnitude at 448 or below, so nothing overflows. A bad
+    block's multiplier is NaN, which makes all of it NaN at no cost per element.
+    """
+    if MACRO:
+        blocks = blocks * factor[:, :, None, None]
+    per_unit = power_of_two(254 - unit)[:, :, None] + tl.where(bad, float("nan"), 0.0)
+    y = blocks * per_unit[:, :, :, None]
+    scale = power_of_two(tl.maximum(code - unit[:, :, None] + 127, 1))[:, :, :, None]
+    if RANDOM:
+        return round_random(y, scale, noise)
+    return round_nearest(y, scale, SATURATE)
+
+
+@triton.jit
+def unit_of(top):
+    """The code of an E4M3 byte's unit in a group whose largest code is `top`."""
+    return tl.maximum(top - TOP, 1)

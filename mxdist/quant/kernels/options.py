@@ -1,0 +1,85 @@
+"""Which operands the kernels can quantise, turned into the constants that a kernel is compiled for. No Triton here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mxdist.quant.format import SCALE_CARRY
+from mxdist.quant.philox import Draw
+from mxdist.quant.recipe import Operand, ScaleRule
+from mxdist.quant.scaling import saturates
+
+
+class UnsupportedOperandError(ValueError):
+    """An operand that these kernels do not do; the message says what does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """An operand as a kernel sees it.
+
+    carry         added to the bits of a block's maximum before its exponent is read (`format.SCALE_CARRY`)
+    saturate      magnitudes may exceed 6 scales: clamp them
+    macro_bits    mantissa bits of the static macro factor, 0 without
+    stochastic    round stochastically
+    hadamard      rotate runs of 32 first, and leave the values rotated
+    """
+
+    carry: int
+    saturate: bool
+    macro_bits: int
+    stochastic: bool
+    hadamard: bool
+
+
+def options_of(operand: Operand) -> Options:
+    """Return the options of an activation's or gradient's operand, or raise `UnsupportedOperandError`."""
+    missing = missing_feature(operand)
+    if missing is not None:
+        raise UnsupportedOperandError(f"the kernels do not do {missing}: the reference backend does.")
+    return Options(
+        carry=SCALE_CARRY[operand.scale_rule],
+        saturate=saturates(operand.scale_rule),
+        macro_bits=operand.macro.bits if operand.macro is not None else 0,
+        stochastic=operand.rounding == "stochastic",
+        hadamard=operand.hadamard == "plain",
+    )
+
+
+def missing_feature(operand: Operand) -> str | None:
+    """Return what of an activation's or gradient's operand the kernels lack, or None when they do all of it."""
+    checks = (
+        (operand.block != 32, f"blocks of {operand.block}"),
+        (operand.square, "square blocks outside weights"),
+        (operand.scale_rule is ScaleRule.BEST, "the scale rule 'best'"),
+        (operand.macro is not None and operand.macro.method != "static", "searched macro factors outside weights"),
+        (operand.macro is not None and operand.macro.size != 128, "macro blocks of 64"),
+        (operand.fallback is not None, "outlier fallback"),
+        (operand.hadamard == "signed", "random signs before Hadamard"),
+        (operand.mean, "mean removal"),
+    )
+    return next((text for lacks, text in checks if lacks), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Random:
+    """A `Draw` as kernel arguments: the seed, and where the piece lies; see `philox.uniform`."""
+
+    seed: int = 0
+    stream: int = 0
+    row: int = 0
+    first_call: int = 0
+    calls_per_row: int = 0
+
+    @classmethod
+    def of(cls, draw: Draw | int | None, k: int, needed: bool) -> Random:
+        """Return the arguments for a piece [rows, k]; ValueError when random bits are needed and there is no seed."""
+        if draw is None:
+            if needed:
+                raise ValueError("stochastic rounding draws random numbers: it needs a seed.")
+            return cls()
+        if isinstance(draw, int):
+            draw = Draw(draw)
+        seed = draw.seed & 0xFFFFFFFFFFFFFFFF
+        signed = seed - (1 << 64) if seed >> 63 else seed  # a kernel's 64-bit integers are signed
+        return cls(signed, draw.stream, draw.row, draw.column // 8, -(-(draw.columns or k) // 8))
