@@ -38,7 +38,7 @@ show_progress() {
             name = $0; sub(/^[^:]*: /, "", name); sub(/^Collecting /, "", name); sub(/[ =<>].*/, "", name)
             if (++count % 30 == 0 || terminal) say("fetched " count " of " total ": " name)
         }
-        /^Installing collected packages/ { say("unpacking " count " packages, which takes a minute or two") }
+        /^Installing collected packages/ && total > 1 { say("unpacking them, which takes a minute or two") }
         END { if (terminal) printf "\r\033[K" }'
 }
 
@@ -68,7 +68,7 @@ install_lock() {
             echo "installing the $count packages of launch/locks/$1.txt (details: $log)" &&
             pip_install "$count" -r "$lock"
     }; then
-        grep -i '^error' "$log" | tail -n 3 >&2
+        grep -i '^error' "$log" | tail -n 1 >&2
         fail "the packages of launch/locks/$1.txt could not be installed; $log says why"
     fi
     rm -f "$venv/.mxdist-$1-"*
