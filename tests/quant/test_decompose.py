@@ -52,6 +52,22 @@ def test_under_the_ceil_rule_the_scale_error_vanishes_in_the_deadzone(x: Tensor,
     assert not ((parts.deadzone != 0) & (parts.scale != 0)).any()
 
 
+@pytest.mark.parametrize("method", ["static", "search", "folded"])
+def test_a_macro_factor_under_the_ceil_rule_keeps_the_scale_error_out_of_the_deadzone(method: str) -> None:
+    """s >= f m / 6 still, so the step s / f that x sees is no finer than the ideal one."""
+    x = sample("gaussian")[:256]
+    parts = components(x, Operand(macro=Macro(method=method, bits=4)))
+    assert not ((parts.deadzone != 0) & (parts.scale != 0)).any()
+
+
+@pytest.mark.parametrize("operand", [Operand(fallback=Fallback()), Operand(hadamard="plain")])
+def test_fallback_and_rotation_rescue_elements_of_the_deadzone(operand: Operand) -> None:
+    x = sample("gaussian")[:256]
+    rescued = measure(x, operand)
+    assert rescued.zeroed < 0.5 * rescued.dead
+    assert rescued.report()["cross_scale_deadzone"] < -0.02
+
+
 @pytest.mark.parametrize("rule", [ScaleRule.FLOOR, ScaleRule.EVEN, ScaleRule.BEST])
 def test_under_other_rules_the_scale_error_meets_the_deadzone_and_the_cross_term_is_reported(rule: ScaleRule) -> None:
     x = sample("gaussian")[:64]
