@@ -1,7 +1,7 @@
 """Makes Megatron-core 0.16.1 run on a machine with no GPU, over gloo. The only module that patches other people's code.
 
 ``install()`` must run in a learner process before anything else imports Megatron, and never in a process that hosts
-vLLM: what it replaces is global to the process. On a machine with a GPU it does nothing but the last item.
+vLLM: what it replaces is global to the process. On a machine with a GPU it does nothing but the last two items.
 
 What it replaces, and why (files relative to megatron/core):
 
@@ -24,9 +24,13 @@ What it replaces, and why (files relative to megatron/core):
                                               importing the compiler doubles the start-up time
     moe_utils.te_general_gemm                 an upstream defect: without Transformer Engine the router uses a name
                                               that is not defined (a NameError), on a GPU as well
+    filesystem_async._results_queue           for a queue whose two ends are in this process, as long as checkpoints are
+                                              written synchronously, every rank would start a manager process: 300 MiB
+                                              and 3 seconds, and it outlives a learner that is killed
 """
 
 import contextlib
+import queue
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -47,6 +51,7 @@ def install() -> None:
         with _without_compile():
             _replace_in_megatron()
     _define_missing_name()
+    _keep_results_of_writing_here()
     _installed = True
 
 
@@ -222,3 +227,9 @@ def _define_missing_name() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def _keep_results_of_writing_here() -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()

@@ -1,5 +1,6 @@
 """Updates, scores, exports and checkpoints of real learner ranks, against transformers and against each other."""
 
+import multiprocessing
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -281,6 +282,16 @@ def test_a_checkpoint_before_the_first_step_can_be_loaded(ranks: RankProcesses, 
         assert distance(start, tensors(learners.call("export", 0))) == 0
         learners.call("update", random_batch(), Supervised(), 1e-2)
         assert distance(once, tensors(learners.call("export", 1))) == 0
+
+
+def test_saving_leaves_no_process_behind(ranks: RankProcesses, tmp_path: Path) -> None:
+    with ranks.learners(MOE, "bf16", 2) as learners:
+        learners.call("save", tmp_path, {})
+        assert learners.run(child_processes) == [0, 0]
+
+
+def child_processes(worker: LearnerWorker) -> int:  # noqa: ARG001
+    return len(multiprocessing.active_children())
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name_and_changes_nothing(
