@@ -32,11 +32,11 @@ def read_questions(source: str, key: str, split: str) -> list[Question]:
     """
     path = Path(source).expanduser()
     if path.is_file():
-        questions = _from_file(path, key, split)
+        questions = read_file(path, key, split)
     elif path.is_dir():
         raise UserError(f"{key}={source} is a directory; name the .jsonl file in it")
     elif _HUB_NAME.fullmatch(source) and path.suffix not in (".jsonl", ".json") and not path.parent.exists():
-        questions = _from_hub(source, key, split)
+        questions = read_hub_dataset(source, key, split)
     else:
         raise UserError(
             f"{key}={source} does not exist; give the path of a JSON-lines file, or a Hugging Face dataset name such "
@@ -47,7 +47,8 @@ def read_questions(source: str, key: str, split: str) -> list[Question]:
     return questions
 
 
-def _from_file(path: Path, key: str, split: str) -> list[Question]:
+def read_file(path: Path, key: str, split: str) -> list[Question]:
+    """The questions of a JSON-lines file, by their line numbers; empty lines are passed over."""
     questions = []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -85,14 +86,15 @@ def _question(row: Mapping[str, object], where: str, name: str, key: str) -> Que
     return Question(fields[0], fields[1], where, name)
 
 
-def _from_hub(source: str, key: str, split: str) -> list[Question]:
-    try:
-        import datasets  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise UserError(
-            f"{key}={source} is no file here, and reading a Hugging Face dataset needs the package datasets; "
-            f"run 'pip install datasets' or give the path of a JSON-lines file"
-        ) from None
+def read_hub_dataset(source: str, key: str, split: str) -> list[Question]:
+    """The rows of one split of a dataset on the hub, or of a local folder that has the form of one.
+
+    Raises:
+        UserError: it cannot be read, or a row has no question or answer.
+    """
+    import datasets  # here because it is heavy, and a file needs none of it
+
+    datasets.disable_progress_bars()
     try:
         names = datasets.get_dataset_config_names(source)
         name = HUB_CONFIGURATION if HUB_CONFIGURATION in names else None

@@ -1,6 +1,7 @@
 """GSM8K: reading files and hub names, prompts, and every way the data can be wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from mxdist.config import Config
 from mxdist.config.schema import Algorithm, Grpo
 from mxdist.errors import UserError
+from mxdist.tasks.question_files import read_hub_dataset
 from mxdist.tasks.registry import make_task
 from tests.tasks.data import gsm8k_config, gsm8k_folder, rows, write_questions
 
@@ -93,11 +95,29 @@ def test_a_source_that_is_no_data_is_the_users_error(config: Config, tmp_path: P
         make_task(config.model_copy(update={"data": data}))
 
 
-def test_a_hub_name_without_the_datasets_package_or_the_hub_is_one_sentence(config: Config) -> None:
+def test_a_dataset_is_read_as_the_hub_gives_it(tmp_path: Path) -> None:
+    write_questions(tmp_path / "train.jsonl", *rows(3))
+    write_questions(tmp_path / "test.jsonl", *rows(2))
+    questions = read_hub_dataset(str(tmp_path), "data.train", "train")
+    assert [q.key for q in questions] == ["train/1", "train/2", "train/3"]
+    assert questions[1].solution == "2 + 2 = 4\n#### 4"
+    assert len(read_hub_dataset(str(tmp_path), "data.eval", "test")) == 2
+
+
+def test_a_hub_name_that_cannot_be_read_is_one_sentence(config: Config) -> None:
     data = config.data.model_copy(update={"train": "mxdist-tests/no-such-dataset"})
-    with pytest.raises(UserError, match=r"mxdist-tests/no-such-dataset is no file here.*JSON-lines file") as caught:
-        make_task(config.model_copy(update={"data": data}))
-    assert "\n" not in str(caught.value)
+    code = (
+        "import sys\nfrom mxdist.config import Config\nfrom mxdist.tasks.registry import make_task\n"
+        "from mxdist.errors import UserError\n"
+        "try:\n    make_task(Config.model_validate_json(sys.argv[1]))\nexcept UserError as error:\n    print(error)\n"
+    )
+    command = [sys.executable, "-c", code, config.model_copy(update={"data": data}).model_dump_json()]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # else it tries for half a minute
+    run = subprocess.run(command, env=offline, capture_output=True, text=True, check=True)
+    assert run.stdout.count("\n") == 1
+    assert run.stdout.startswith(
+        "data.train=mxdist-tests/no-such-dataset is no file here and could not be read from the Hugging Face hub ("
+    )
 
 
 def test_a_prompt_longer_than_the_context_is_found_and_named_before_ray_or_torch(tmp_path: Path) -> None:
