@@ -101,6 +101,8 @@ def exit_code_of(command: Callable[[], object]) -> int:
         return _failed("interrupted", INTERRUPTED)
     except UsageError as error:
         return _failed(f"{error.format_message()} (see 'mxdist --help')", UserError.exit_code)
+    if result == INTERRUPTED:  # typer turns an interrupt inside a command into this, and says nothing
+        return _failed("interrupted", INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 

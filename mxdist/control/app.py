@@ -12,10 +12,11 @@ from mxdist.config import Config, load_config
 from mxdist.control.checkpoints import CheckpointStore
 from mxdist.control.collect import Collector, RewardPool
 from mxdist.control.groups import LearnerGroup, RolloutPool
-from mxdist.control.loop import Trainer, greedy_accuracy
+from mxdist.control.loop import Trainer, greedy_accuracy, in_words
 from mxdist.control.processes import start_learners, start_ray, start_reward_workers, start_rollout_workers
 from mxdist.control.waits import wait_for
 from mxdist.control.weights import WeightSync
+from mxdist.errors import UserError
 from mxdist.messages import EngineReport, LearnerReport
 from mxdist.model.shape import ModelShape
 from mxdist.observe.console import Console
@@ -27,12 +28,14 @@ from mxdist.sync.parity import compare_modules
 from mxdist.tasks.base import Cursor, Task
 from mxdist.tasks.registry import make_task
 
+TOKENIZER = "tokenizer"  # folder of a run directory
+
 
 def train(config: Config) -> None:
     """Start a new run and train it to the end."""
     task = make_task(config)
     with RunDirectory.create(config) as run_dir:
-        task.tokenizer.save(run_dir.path / "tokenizer")
+        task.tokenizer.save(run_dir.path / TOKENIZER)
         _train(config, task, run_dir, fresh=True)
 
 
@@ -40,35 +43,37 @@ def resume(run_path: Path, overrides: list[str]) -> None:
     """Go on from the newest complete checkpoint of a run, with settings changed if asked."""
     with RunDirectory.open(run_path) as run_dir:
         config = load_config(run_dir.config_path, overrides)
-        _train(config, make_task(config), run_dir, fresh=False)
+        task = make_task(config, run_dir.path / TOKENIZER)
+        step = CheckpointStore(run_dir.path).newest()[0].step
+        if step >= config.run.steps:
+            raise UserError(
+                f"{run_path} has reached step {step} of run.steps={config.run.steps}; add run.steps=N with a larger N"
+            )
+        _train(config, task, run_dir, fresh=False)
 
 
 def evaluate(run_path: Path, overrides: list[str]) -> dict[str, float]:
     """Greedy accuracy of the newest checkpoint on the held-out problems, with quantised and with BF16 weights."""
     with RunDirectory.open(run_path) as run_dir:
         config = load_config(run_dir.config_path, overrides)
-        task = make_task(config)
-        console = Console(run_dir.path)
-        store = CheckpointStore(run_dir.path)
-        state, learner_folder = store.newest()
+        task = make_task(config, run_dir.path / TOKENIZER)
+        state, learner_folder = CheckpointStore(run_dir.path).newest()
+        problems = len(task.eval_prompts())
         accuracies = {}
-        for recipe in dict.fromkeys([config.recipe, "bf16"]):
-            variant = config.model_copy(update={"recipe": recipe})
-            with running(variant, task, run_dir.path, console) as system:
-                system.learners.load(learner_folder)
-                sync = WeightSync(system.learners, system.pool, variant)
-                sync.push(state.step)
-                sync.check()
-                accuracies[recipe] = greedy_accuracy(variant, task, system.pool, system.rewards)
-            console.note(
-                f"step {state.step}, recipe {recipe}: greedy accuracy {accuracies[recipe]:.4f} "
-                f"on {len(task.eval_prompts())} problems"
-            )
+        with Console(run_dir.path) as console:
+            for recipe in dict.fromkeys([config.recipe, "bf16"]):
+                variant = config.model_copy(update={"recipe": recipe})
+                with running(variant, task, run_dir.path, console) as system:
+                    system.learners.load(learner_folder)
+                    sync = WeightSync(system.learners, system.pool, variant)
+                    sync.push(state.step)
+                    sync.check()
+                    accuracies[recipe] = greedy_accuracy(variant, task, system.pool, system.rewards)
+                console.note(f"step {state.step}, recipe {recipe}: {in_words(accuracies[recipe], problems)}")
         return accuracies
 
 
 def _train(config: Config, task: Task, run_dir: RunDirectory, fresh: bool) -> None:
-    console = Console(run_dir.path, config.run.steps)
     aqn = AqnController(config.aqn, config.run.steps)
     store = CheckpointStore(run_dir.path)
     first_step, cursor = 0, Cursor()
@@ -77,11 +82,13 @@ def _train(config: Config, task: Task, run_dir: RunDirectory, fresh: bool) -> No
         first_step, cursor = state.step, Cursor.restore(state.cursor)
         aqn.restore(state.aqn)
     with (
+        Console(run_dir.path, config.run.steps) as console,
         Loggers(run_dir.path, config, resume_step=None if fresh else first_step) as loggers,
         running(config, task, run_dir.path, console) as system,
     ):
         if not fresh:
             system.learners.load(learner_folder)
+            run_dir.save_config(config)  # only now is it known that the settings fit the checkpoint
             console.note(f"resumed from step {first_step}")
         trainer = Trainer(
             config=config,

@@ -58,7 +58,7 @@ class CheckpointStore:
         ]
         if not steps:
             raise UserError(
-                f"{self._folder} holds no complete checkpoint; start the run again with 'mxdist train' and a new run.dir"
+                f"{self._folder} holds no complete checkpoint; start again with 'mxdist train' and another run.dir"
             )
         folder = self._folder / f"step_{max(steps)}"
         state = ControllerState(**json.loads((folder / STATE_FILE).read_text()))

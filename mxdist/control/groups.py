@@ -44,7 +44,7 @@ class LearnerGroup:
         return self._all(f"export of weights version {version}", "export", version)
 
     def save(self, directory: Path) -> None:
-        wait_for(self._all("checkpoint", "save", directory, {}), self._deadlines.checkpoint, "checkpoint")
+        wait_for(self._all("checkpoint", "save", directory), self._deadlines.checkpoint, "checkpoint")
 
     def load(self, directory: Path) -> None:
         wait_for(self._all("loading of the checkpoint", "load", directory), self._deadlines.checkpoint, "checkpoint")

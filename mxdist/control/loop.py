@@ -133,7 +133,7 @@ class Trainer:
         """Greedy accuracy on the held-out problems, with the quantised weights and no noise."""
         with self._timed("eval"):
             accuracy = greedy_accuracy(self.config, self.task, self.pool, self.rewards)
-        self.console.note(f"step {step}: greedy accuracy {accuracy:.3f} on {len(self.task.eval_prompts())} problems")
+        self.console.note(f"step {step}: {in_words(accuracy, len(self.task.eval_prompts()))}")
         return {"eval/accuracy": accuracy}
 
     def _checkpoint(self, step: int) -> None:
@@ -162,3 +162,9 @@ def greedy_accuracy(config: Config, task: Task, pool: RolloutPool, rewards: Rewa
     result = merge_results(wait_for(pending, config.deadlines.evaluate, "evaluate"))
     scored = rewards.score(result.groups, "reward of the evaluation")
     return float(np.mean([group.parts["accuracy"] for group in scored]))
+
+
+def in_words(accuracy: float, problems: int) -> str:
+    """An accuracy with its standard error."""
+    error = (accuracy * (1 - accuracy) / problems) ** 0.5
+    return f"greedy accuracy {accuracy:.3f} +- {error:.3f} on {problems} problems"

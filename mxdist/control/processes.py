@@ -31,10 +31,6 @@ WORKER_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "NCCL_NVLS_ENABLE": "0",
     "PYTHONWARNINGS": "ignore",
-    # glibc hands freed pages back, and every large tensor then faults its pages in again: a third of a CPU step.
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "4294967296",
-    "MALLOC_TOP_PAD_": "67108864",
 }
 REWARD_WORKER_CPUS = 0.25
 OBJECT_STORE_BYTES = 512 << 20
@@ -118,7 +114,6 @@ def start_ray(config: Config) -> None:
     Raises:
         UserError: the cluster cannot be reached, or has fewer CPUs or GPUs than the layout asks for.
     """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     common: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,

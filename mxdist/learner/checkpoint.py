@@ -25,9 +25,9 @@ SHAPE_FILE = "model_shape.json"
 SHARDING = "fully_reshardable"
 
 
-def save(directory: Path, policy: Policy, shape: ModelShape, extra: dict[str, object]) -> None:
+def save(directory: Path, policy: Policy, shape: ModelShape) -> None:
     """Write into the existing, empty ``directory``; every rank must call it."""
-    state = {**_sharded_state(policy, is_loading=False), "step": _optimizer_step(policy), "extra": extra}
+    state = {**_sharded_state(policy, is_loading=False), "step": _optimizer_step(policy)}
     strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _data_parallel_group())
     dist_checkpointing.save(state, str(directory), strategy)
     if torch.distributed.get_rank() == 0:
@@ -35,8 +35,8 @@ def save(directory: Path, policy: Policy, shape: ModelShape, extra: dict[str, ob
     torch.distributed.barrier()
 
 
-def load(directory: Path, policy: Policy, shape: ModelShape) -> dict[str, object]:
-    """Replace the weights and the optimizer's state; returns what was given to ``save`` as ``extra``.
+def load(directory: Path, policy: Policy, shape: ModelShape) -> None:
+    """Replace the weights and the optimizer's state.
 
     The number of ranks and the expert parallelism may differ from those that saved. What the optimizer is told by
     the configuration (weight decay, betas, ...) stays as it is here.
@@ -60,7 +60,6 @@ def load(directory: Path, policy: Policy, shape: ModelShape) -> dict[str, object
                 {"optimizer": settings, "param_state": state["optimizer"][index], "param_state_sharding_type": SHARDING}
             )
         requantise(policy.model)
-    return state["extra"]
 
 
 def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:

@@ -120,21 +120,21 @@ class LearnerWorker:
 
         return export(self._policy.model, self.shape, self.recipe, version)
 
-    def save(self, directory: Path, extra: dict[str, object]) -> None:
-        """Write model and optimizer into the existing, empty ``directory``, and ``extra`` (picklable) with them."""
+    def save(self, directory: Path) -> None:
+        """Write model and optimizer into the existing, empty ``directory``."""
         from mxdist.learner import checkpoint
 
-        checkpoint.save(directory, self._policy, self.shape, extra)
+        checkpoint.save(directory, self._policy, self.shape)
 
-    def load(self, directory: Path) -> dict[str, object]:
-        """Continue from what ``save`` wrote; returns its ``extra``.
+    def load(self, directory: Path) -> None:
+        """Continue from what ``save`` wrote.
 
         Raises:
             UserError: the checkpoint is of a model of another shape.
         """
         from mxdist.learner import checkpoint
 
-        return checkpoint.load(directory, self._policy, self.shape)
+        checkpoint.load(directory, self._policy, self.shape)
 
     def shutdown(self) -> None:
         """Leave the process groups."""

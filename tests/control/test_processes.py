@@ -16,7 +16,7 @@ from mxdist.errors import DeadlineExceeded, ParityError, RunStopped, UserError
 
 @pytest.fixture(scope="module", autouse=True)
 def local_ray() -> Iterator[None]:
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     start_ray(Config())
     yield
     ray.shutdown()
@@ -25,7 +25,7 @@ def local_ray() -> Iterator[None]:
 @pytest.fixture
 def sleeper() -> Iterator[Process]:
     process = Process("learner rank 7", 0.1, 0)
-    wait_for([process.construct("sleeper:Sleeper")], 60, "start")
+    wait_for([process.construct("tests.control.sleeper:Sleeper")], 60, "start")
     yield process
     process.kill()
 

@@ -265,7 +265,7 @@ def test_a_checkpoint_continues_on_another_layout(
 ) -> None:
     with ranks.learners(MOE, "bf16", saved[0], expert_parallel=saved[1]) as learners:
         train(learners, range(2))
-        learners.call("save", tmp_path, {})
+        learners.call("save", tmp_path)
         uninterrupted = train(learners, range(2, 5))
     with ranks.learners(MOE, "bf16", loaded[0], expert_parallel=loaded[1], run={"seed": 1}) as learners:
         learners.call("load", tmp_path)
@@ -275,7 +275,7 @@ def test_a_checkpoint_continues_on_another_layout(
 def test_a_checkpoint_before_the_first_step_can_be_loaded(ranks: RankProcesses, tmp_path: Path) -> None:
     with ranks.learners(MOE, "bf16") as learners:
         start = tensors(learners.call("export", 0))
-        learners.call("save", tmp_path, {})
+        learners.call("save", tmp_path)
         learners.call("update", random_batch(), Supervised(), 1e-2)
         once = tensors(learners.call("export", 1))
         learners.call("load", tmp_path)
@@ -286,7 +286,7 @@ def test_a_checkpoint_before_the_first_step_can_be_loaded(ranks: RankProcesses, 
 
 def test_saving_leaves_no_process_behind(ranks: RankProcesses, tmp_path: Path) -> None:
     with ranks.learners(MOE, "bf16", 2) as learners:
-        learners.call("save", tmp_path, {})
+        learners.call("save", tmp_path)
         assert learners.run(child_processes) == [0, 0]
 
 
@@ -298,7 +298,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name_and_changes_nothing(
     ranks: RankProcesses, tmp_path: Path
 ) -> None:
     with ranks.learners(MOE, "bf16") as learners:
-        learners.call("save", tmp_path, {})
+        learners.call("save", tmp_path)
     with ranks.learners(MOE.model_copy(update={"num_experts": 2}), "bf16") as learners:
         before = tensors(learners.call("export", 0))
         with pytest.raises(UserError, match="num_experts 4 there and 2 here"):

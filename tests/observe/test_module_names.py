@@ -15,5 +15,10 @@ def test_an_incomplete_product_is_not_shown_as_complete() -> None:
     assert compact_names(["l.0.e.0", "l.1.e.1"]) == "l.{0-1}.e.{0-1} (2 of them)"
 
 
+def test_names_that_differ_in_the_last_part_share_a_line() -> None:
+    names = [f"l.{layer}.{last}" for layer in (0, 1) for last in ("k", "q")]
+    assert compact_names(names) == "l.{0-1}.{k,q}"
+
+
 def test_no_names_read_none() -> None:
     assert compact_names([]) == "none"

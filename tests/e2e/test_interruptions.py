@@ -1,0 +1,71 @@
+"""What ends a run early: Ctrl-C, and mistakes that only the running system can find."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.command import QUICKSTART, SHORT, mxdist
+
+
+def start(run_dir: Path, *settings: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-u", "-m", "mxdist", "train", str(QUICKSTART), f"run.dir={run_dir}", *SHORT, *settings]
+    return subprocess.Popen(
+        command, cwd=run_dir.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def read_until(process: "subprocess.Popen[str]", text: str) -> str:
+    seen = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(f"{text!r} never came; the output was:\n{seen}")
+
+
+@pytest.mark.parametrize("moment", ["starting learner", "/500  reward"])
+def test_control_c_ends_every_process_and_says_so_in_one_line(tmp_path: Path, moment: str) -> None:
+    process = start(tmp_path / "run", "run.steps=500")
+    read_until(process, moment)
+    if moment == "starting learner":
+        time.sleep(4)  # into the imports of the workers
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) > 3
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in rest
+    assert rest.strip().splitlines()[-1] == "mxdist: interrupted"
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not [member for member in alive if member.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_taken_port_is_found_and_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        outcome = mxdist("train", QUICKSTART, f"run.dir={tmp_path / 'run'}", f"learner.port={port}", cwd=tmp_path)
+    assert outcome.code == 2
+    assert f"learner.port={port} is taken" in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+
+
+def test_a_run_directory_in_use_is_refused(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", "run.steps=500")
+    try:
+        read_until(process, "starting Ray")
+        outcome = mxdist("train", QUICKSTART, f"run.dir={tmp_path / 'run'}", cwd=tmp_path)
+        assert outcome.code == 2
+        assert f"in use by process {process.pid}" in outcome.err
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=60)

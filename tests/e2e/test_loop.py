@@ -1,0 +1,133 @@
+"""The loop with every real process, started once for all of these: algorithms, asynchrony, sync, parity."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from mxdist.aqn.controller import AqnController
+from mxdist.config import Config, load_config
+from mxdist.control.app import System, running
+from mxdist.control.checkpoints import CheckpointStore
+from mxdist.control.collect import Collector
+from mxdist.control.loop import Trainer
+from mxdist.control.waits import wait_for
+from mxdist.control.weights import WeightSync
+from mxdist.errors import ParityError
+from mxdist.messages import WeightPayload
+from mxdist.observe.console import Console
+from mxdist.observe.loggers import Loggers
+from mxdist.sync.parity import compare_checksums
+from mxdist.sync.payload import learner_checksums
+from mxdist.tasks.base import Cursor, Task
+from mxdist.tasks.registry import make_task
+from tests.e2e.command import QUICKSTART, SHORT
+
+
+@dataclass(frozen=True)
+class Up:
+    task: Task
+    system: System
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    config = load_config(QUICKSTART, SHORT)
+    task, path = make_task(config), tmp_path_factory.mktemp("loop")
+    with Console(path) as console, running(config, task, path, console) as system:
+        up = Up(task, system)
+        # Far enough that some answers are right and some are wrong: without that no reward differs.
+        train(up, path, "warm_start.steps=150", "warm_start.sequences=64", "run.steps=1", fresh=True)
+        yield up
+
+
+def train(up: Up, tmp_path: Path, *settings: str, fresh: bool = False) -> list[dict[str, float]]:
+    """Train with these settings on the running processes, from the weights the learner has; the metrics by step."""
+    config: Config = load_config(QUICKSTART, [*SHORT, *settings])
+    aqn = AqnController(config.aqn, config.run.steps)
+    system = up.system
+    with Console(tmp_path, config.run.steps) as console, Loggers(tmp_path, config) as loggers:
+        trainer = Trainer(
+            config=config,
+            task=up.task,
+            shape=system.shape,
+            learners=system.learners,
+            pool=system.pool,
+            rewards=system.rewards,
+            sync=WeightSync(system.learners, system.pool, config),
+            collector=Collector(config, up.task, system.pool, system.rewards, aqn, Cursor()),
+            aqn=aqn,
+            checkpoints=CheckpointStore(tmp_path),
+            loggers=loggers,
+            console=console,
+        )
+        trainer.run(0, fresh)
+    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "gspo", "rloo"])
+def test_every_algorithm_learns_from_rewards_that_differ(up: Up, tmp_path: Path, name: str) -> None:
+    for metrics in train(up, tmp_path, f"algorithm.name={name}"):
+        assert metrics["critic/rewards/min"] < metrics["critic/rewards/max"]
+        assert np.isfinite(metrics["actor/grad_norm"])
+        assert metrics["actor/grad_norm"] > 0
+        assert metrics["off_policy/staleness/max"] == 0
+        assert metrics["parity/mismatched_codes"] == 0
+
+
+def test_dapo_samples_extra_batches_up_to_its_cap(up: Up, tmp_path: Path) -> None:
+    settings = ["algorithm.name=dapo", "algorithm.max_extra_batches=2", "rollout.max_new_tokens=1"]
+    for metrics in train(up, tmp_path, *settings):  # one token is never a whole answer: no group has signal
+        assert metrics["rollout/extra_batches"] == 2
+        assert metrics["rollout/groups_without_signal"] == 8
+        assert metrics["actor/grad_norm"] == 0
+
+
+def test_several_updates_of_one_batch_move_the_policy_away_from_it(up: Up, tmp_path: Path) -> None:
+    settings = ["algorithm.minibatches=4", "optimizer.warmup_steps=0", "optimizer.lr=0.003", "aqn.mode=disabled"]
+    metrics = train(up, tmp_path, *settings)
+    assert any(step["actor/ppo_kl"] != 0 for step in metrics)
+    assert all(step["timing_s/old_logprobs"] > 0 for step in metrics)
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_no_answer_is_staler_than_the_bound_and_the_bound_is_used(up: Up, tmp_path: Path, lag: int) -> None:
+    metrics = train(up, tmp_path, f"rollout.max_lag={lag}", "run.steps=5")
+    staleness = [step["off_policy/staleness/max"] for step in metrics]
+    assert staleness == [min(step, lag) for step in range(5)]
+
+
+def test_the_entropy_band_sets_sigma_from_what_the_learner_reports(up: Up, tmp_path: Path) -> None:
+    band = ["aqn.mode=entropy_band", "aqn.entropy_low=50", "aqn.entropy_high=60", "aqn.stages=2", "aqn.sigma_end=0.001"]
+    sigmas = [step["aqn/sigma"] for step in train(up, tmp_path, *band, "run.steps=6")]
+    assert sigmas[:4] == [0, 0, 0, 0]  # half the run is silent, and the first step after it has seen nothing yet
+    assert sigmas[4:] == pytest.approx([0.001, 0.00125])
+
+
+def test_one_flipped_bit_on_the_way_is_named_and_stops_the_run(up: Up) -> None:
+    learners, pool = up.system.learners, up.system.pool
+    payloads: list[WeightPayload] = wait_for(learners.export(7), 60, "sync")
+    expected = learner_checksums(payloads)
+    [first, *rest] = payloads
+    victim = next(index for index, entry in enumerate(first.entries) if entry.kind == "mx")
+    entry = first.entries[victim]
+    codes = entry.parts["codes"].copy()
+    codes.reshape(-1)[5] ^= 1
+    damaged = replace(entry, parts={**entry.parts, "codes": codes})
+    entries = (*first.entries[:victim], damaged, *first.entries[victim + 1 :])
+    references = [ray.put(payload) for payload in (replace(first, entries=entries), *rest)]
+    [found] = wait_for(pool.load_weights(references, 7), 60, "sync")
+    with pytest.raises(ParityError, match=f"{entry.name}, part codes"):
+        compare_checksums(expected, found)
+
+
+def test_the_learners_ranks_hold_the_whole_model_between_them_each_tensor_once(up: Up) -> None:
+    payloads: list[WeightPayload] = wait_for(up.system.learners.export(8), 60, "sync")
+    names = [entry.name for payload in payloads for entry in payload.entries]
+    assert len(names) == len(set(names))
+    experts = [sum("experts" in entry.name for entry in payload.entries) for payload in payloads]
+    assert experts == [2 * 4 * 3, 2 * 4 * 3]  # layers x experts of the rank x projections
