@@ -1,9 +1,9 @@
 """Where a run's metrics go: metrics.jsonl always, TensorBoard and Weights & Biases when asked."""
 
-import hashlib
 import math
 import os
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -85,23 +85,14 @@ class WeightsAndBiases:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when wandb is imported
         import wandb
 
-        settings = wandb.Settings(
-            silent=True,
-            console="off",
-            disable_git=True,
-            disable_code=True,
-            disable_job_creation=True,
-            x_disable_meta=True,
-            x_disable_stats=True,
-            x_disable_machine_info=True,
-        )
+        settings = wandb.Settings(silent=True, console="off", disable_code=True, x_disable_machine_info=True)
         offline = config.log.wandb == "offline"
         self._run = wandb.init(
             mode="offline" if offline else "online",
             dir=run_dir,
             project=config.log.wandb_project,
             name=run_dir.name,
-            id=hashlib.sha256(str(run_dir).encode()).hexdigest()[:16],
+            id=_run_id(run_dir / "wandb" / "run_id"),
             resume=None if offline or resume_step is None else "allow",
             config=config.model_dump(mode="json"),
             settings=settings,
@@ -113,3 +104,11 @@ class WeightsAndBiases:
     def close(self) -> None:
         with suppress(KeyboardInterrupt):
             self._run.finish()
+
+
+def _run_id(path: Path) -> str:
+    """The run's id at Weights & Biases: made once, kept in the run directory."""
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(uuid.uuid4().hex[:16])
+    return path.read_text()

@@ -176,8 +176,9 @@ def test_wandb_writes_no_key_no_command_line_and_no_git_remote(
 ) -> None:
     run_wandb(tmp_path, "new", listener[0])
     files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
-    assert any(path.suffix == ".wandb" for path in files)
-    names = {path.name for path in files}
-    assert not names & {"wandb-metadata.json", "output.log", "diff.patch"}
+    kinds = {record.WhichOneof("record_type") for record in wandb_records(tmp_path)}  # type: ignore[attr-defined]
+    assert "history" in kinds
+    assert not kinds & {"environment", "output", "output_raw", "stats"}
+    assert not {path.name for path in files} & {"wandb-metadata.json", "output.log", "diff.patch"}
     content = b"\n".join(path.read_bytes() for path in files)
     assert b"5ec4e7" not in content

@@ -68,11 +68,11 @@ def test_the_same_number_written_otherwise_is_right(written: str, reference: str
     assert is_right(f"so\n#### {written}", reference)
 
 
-@pytest.mark.parametrize("text", ["#### 9^9^9^9", "#### 9**9**9**9", "#### 99999!!", "#### " + "(" * 5000 + "9" * 5000])
+@pytest.mark.parametrize("text", ["#### 9^9^9^9", "#### 9**9**9**9", "#### 99999!!", "#### " + "12 " * 20000])
 def test_a_hostile_answer_costs_no_time(text: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert not is_right(text, "18")
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_the_span_is_all_that_decides() -> None:
