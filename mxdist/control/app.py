@@ -59,7 +59,7 @@ def evaluate(run_path: Path, overrides: list[str]) -> dict[str, float]:
         task = make_task(config, run_dir.path / TOKENIZER)
         state, learner_folder = CheckpointStore(run_dir.path).newest()
         problems = len(task.eval_prompts())
-        accuracies = {}
+        accuracies: dict[str, float] = {}
         with Console(run_dir.path) as console:
             for recipe in dict.fromkeys([config.recipe, "bf16"]):
                 variant = config.model_copy(update={"recipe": recipe})
@@ -98,7 +98,7 @@ def _train(config: Config, task: Task, run_dir: RunDirectory, fresh: bool) -> No
             pool=system.pool,
             rewards=system.rewards,
             sync=WeightSync(system.learners, system.pool, config),
-            collector=Collector(config, task, system.pool, system.rewards, aqn, cursor),
+            collector=Collector(config, task, system.pool, system.rewards, aqn, cursor, first_step),
             aqn=aqn,
             checkpoints=store,
             loggers=loggers,

@@ -13,7 +13,7 @@ from mxdist.control.processes import Process
 from mxdist.control.waits import Pending, wait_for
 from mxdist.messages import EntropyStatistics, Group, Noise, Prompt, RolloutResult, SamplingSettings
 from mxdist.seeds import derive_seed
-from mxdist.tasks.base import Cursor, Task
+from mxdist.tasks.base import Cursor, RewardResult, Task
 
 
 class RewardPool:
@@ -44,7 +44,7 @@ class RewardPool:
         ]
 
     @staticmethod
-    def _scored(group: Group, results: Sequence) -> ScoredGroup:  # type: ignore[type-arg]
+    def _scored(group: Group, results: Sequence[RewardResult]) -> ScoredGroup:
         parts = {name: sum(r.parts[name] for r in results) / len(results) for name in results[0].parts}
         return ScoredGroup(group, tuple(result.total for result in results), parts)
 
@@ -85,46 +85,41 @@ class Collector:
     rewards: RewardPool
     aqn: AqnController
     cursor: Cursor
+    first_step: int = 0
     _ahead: deque[_Submitted] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self._next = self.first_step  # of the steps not yet submitted
 
     def submit_through(self, step: int) -> None:
         """Submit every batch up to that of ``step`` that is not yet submitted."""
-        first = self._ahead[-1].step + 1 if self._ahead else self._next
-        for number in range(first, step + 1):
-            self._ahead.append(self._submit(number, 0))
-            self._next = number + 1
-
-    def start_at(self, step: int) -> None:
-        self._next = step
+        while self._next <= step:
+            self._ahead.append(self._submit(self._next, 0))
+            self._next += 1
 
     def collect(self, step: int) -> Collected:
         """Wait for the batch of ``step``, score it and, for DAPO, sample more until enough groups have signal."""
         batch = self._ahead.popleft()
         assert batch.step == step, f"expected the batch of step {step}, got that of {batch.step}"
         algorithm = self.config.algorithm
-        wanted, extra_allowed = algorithm.prompts_per_step, 0
-        if isinstance(algorithm, Dapo):
-            extra_allowed = algorithm.max_extra_batches
-        kept, silent = [], []
-        results: list[RolloutResult] = []
-        for extra in range(extra_allowed + 1):
-            if extra:
-                batch = self._submit(step, extra)
-            result = self._finish(batch)
-            results.append(result)
-            for group in self.rewards.score(result.groups, f"reward of step {step}"):
-                (kept if group.has_signal or not extra_allowed else silent).append(group)
-            if len(kept) >= wanted:
-                break
-        without = max(wanted - len(kept), 0)
+        wanted = algorithm.prompts_per_step
+        extra_allowed = algorithm.max_extra_batches if isinstance(algorithm, Dapo) else 0
+        results = [self._finish(batch)]
+        scored = self.rewards.score(results[0].groups, f"reward of step {step}")
+        while len(results) <= extra_allowed and sum(group.has_signal for group in scored) < wanted:
+            batch = self._submit(step, len(results))
+            results.append(self._finish(batch))
+            scored += self.rewards.score(results[-1].groups, f"reward of step {step}")
+        if len(scored) > wanted:  # those without signal fill up what the cap left open
+            scored = sorted(scored, key=lambda group: not group.has_signal)[:wanted]
         return Collected(
-            scored=(kept + silent)[:wanted],
+            scored=scored,
             entropy=sum((result.entropy for result in results), EntropyStatistics()),
             noise=batch.noise,
             perturbed_modules=min(result.perturbed_modules for result in results),
             rollout_seconds=sum(result.seconds for result in results),
             extra_batches=len(results) - 1,
-            without_signal=without if extra_allowed else sum(not group.has_signal for group in kept),
+            without_signal=sum(not group.has_signal for group in scored),
         )
 
     def resume_cursor(self) -> Cursor:

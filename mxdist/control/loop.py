@@ -64,7 +64,6 @@ class Trainer:
         if fresh:
             self.loggers.log(0, metrics | self._evaluate(0))
             self._checkpoint(0)
-        self.collector.start_at(first_step)
         for step in range(first_step, run.steps):
             self._seconds = {}
             metrics = self._train_step(step)

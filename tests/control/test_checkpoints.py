@@ -23,7 +23,7 @@ def test_the_newest_checkpoint_comes_back_as_it_was_written(tmp_path: Path) -> N
 
 def test_a_save_that_fails_leaves_the_earlier_checkpoint_in_force(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
-    store.write(state(1), lambda folder: None)
+    store.write(state(1), lambda _: None)
 
     def fail(folder: Path) -> None:
         (folder / "half").write_text("")
@@ -38,7 +38,7 @@ def test_a_save_after_a_failed_one_starts_clean(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     leftover = tmp_path / "checkpoints" / "step_3.partial" / "learner" / "stale"
     leftover.mkdir(parents=True)
-    folder = store.write(state(3), lambda folder: None)
+    folder = store.write(state(3), lambda _: None)
     assert not (folder / "learner" / "stale").exists()
 
 

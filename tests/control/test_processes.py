@@ -42,7 +42,7 @@ def test_an_expired_deadline_names_the_process_the_work_and_the_key(sleeper: Pro
 
 @pytest.mark.parametrize(("kind", "error"), [("user", UserError), ("parity", ParityError)])
 def test_what_a_worker_has_to_say_arrives_as_it_was_said(sleeper: Process, kind: str, error: type) -> None:
-    with pytest.raises(error, match="^what happened$"):
+    with pytest.raises(error, match=r"^what happened$"):
         wait_for([sleeper.call("work", "fail", kind)], 30, "update")
 
 
