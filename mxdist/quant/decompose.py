@@ -92,6 +92,9 @@ def ideal_values(x: Tensor, block: int) -> Tensor:
 def measure(x: Tensor, operand: Operand, *, workers: int = 1, name: str = "tensor", **arguments: Any) -> Moments:
     """Return the decomposition's sums over x [..., K], chunk by chunk in float32 (right to about 1e-5).
 
+    Tensors of magnitudes below 2^-120 are measured as if float32 had no subnormal numbers there: their sums may differ
+    from those of `components` by a few per cent.
+
     workers    threads that share the chunks; with more than one, set torch's own threads to 1.
     arguments  seed, frozen as for `reference.fake_quantise`. NaN and Inf are errors that name `name`.
     """

@@ -129,6 +129,7 @@ def test_gaussian_gain_zeros_and_gamma_match_the_published_figures() -> None:
 
 @given(tensors(), operands())
 def test_streaming_sums_agree_with_the_exact_parts(x: Tensor, operand: Operand) -> None:
+    x = torch.where(x.abs() < 2.0**-120, 0.0, x)  # below, rounding Q* to a subnormal float32 is itself an error
     exact, sums = components(x, operand), measure(x, operand)
     assert sums.elements == x.numel()
     total = energy(exact.error)
