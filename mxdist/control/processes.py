@@ -6,7 +6,9 @@ that the controller never imports Megatron-core or vLLM.
 
 import logging
 import os
+import shlex
 import socket
+import sys
 import time
 from collections.abc import Iterable
 from importlib import import_module
@@ -123,6 +125,8 @@ def start_ray(config: Config) -> None:
         # Logical CPUs: the actors share whatever cores there are.
         logical = max(int(cpus_wanted(config)) + 1, os.cpu_count() or 1)
         common["runtime_env"]["env_vars"]["GLOO_SOCKET_IFNAME"] = "lo"
+        # Ray puts the interpreter's path unquoted into a shell command: a checkout path with a space would hang.
+        common["runtime_env"]["py_executable"] = shlex.quote(sys.executable)
         ray.init(
             num_cpus=logical,
             include_dashboard=False,
