@@ -133,8 +133,10 @@ def test_streaming_sums_agree_with_the_exact_parts(x: Tensor, operand: Operand) 
     exact, sums = components(x, operand), measure(x, operand)
     assert sums.elements == x.numel()
     total = energy(exact.error)
-    # Decisions within a float32 rounding of a tie may fall the other way: allow a small share of the total energy.
-    slack = 1e-4 * max(total, energy(exact.scale), energy(exact.grid)) + 1e-12 * energy(x.double())
+    # Decisions within a float32 rounding of a tie may fall the other way: allow a small share of the largest part,
+    # and float32 roundings of ||x|| beside it.
+    part, whole = max(total, energy(exact.scale), energy(exact.grid)), energy(x.double())
+    slack = 1e-4 * part + 1e-6 * math.sqrt(part * whole) + 1e-12 * whole
     assert sums.energy == pytest.approx(energy(x.double()), rel=1e-5, abs=1e-300)
     assert sums.error == pytest.approx(total, rel=1e-4, abs=slack)
     assert sums.scale == pytest.approx(energy(exact.scale), rel=1e-3, abs=slack)
