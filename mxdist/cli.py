@@ -4,11 +4,13 @@ Exit codes: 0 done, 1 a run's own guards stopped it, 2 the user's mistake, 130 i
 shows its traceback.
 """
 
+import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from shutil import get_terminal_size
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -70,6 +72,31 @@ def evaluate(run_dir: RunDir, settings: Settings = None) -> None:
     from mxdist.control import app as control
 
     control.evaluate(run_dir, settings or [])
+
+
+@app.command()
+def decompose(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A directory of safetensors, or a run directory.")],
+    recipe: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A recipe, mxfp4 unless given; repeat to compare.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Only tensors of such names.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="All but tensors of such names.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write JSON and plots (HTML) into it.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Threads.")] = len(os.sched_getaffinity(0)),
+    nonfinite: Annotated[
+        Literal["error", "propagate"], typer.Option(help="What NaN and Inf do: stop, or make the figures NaN.")
+    ] = "error",
+) -> None:
+    """Where the error of quantising a checkpoint's weights comes from.
+
+    Exactly: scale, deadzone and grid, for every linear that a recipe quantises.
+    """
+    from mxdist.decomposition import command
+
+    typed = shlex.join(["mxdist", *sys.argv[1:]])
+    recipes = recipe or ["mxfp4"]
+    command.decompose(command.Options(path, recipes, only or (), skip or (), out, workers, nonfinite, typed))
 
 
 @app.callback()
