@@ -57,13 +57,13 @@ def html_text(report: Report) -> str:
         (
             "Scale bias",
             "How much larger than the ideal the step of a block is: &delta; = log<sub>2</sub> &gamma;. A power-of-two "
-            "scale that rounds up gives 0 to 1. Recipes that choose the same scales coincide.",
+            "scale that rounds up gives 0 to 1.",
             scale_bias(report),
         ),
         (
             "Effect of each correction",
             "NMSE by kind of tensor. Diamonds: deadzone and grid alone, which a quantiser with ideal real-valued "
-            "scales, one per block, would leave.",
+            "scales, one per block, would leave; only a second term, the fallback, gets below.",
             effect_of_corrections(report),
         ),
     )
@@ -123,22 +123,17 @@ def scale_bias(report: Report) -> go.Figure:
     edges = [low + index * (high - low) / DELTA_BINS for index in range(DELTA_BINS + 1)]
     lowest = 0.0
     groups = [report.total] if report.total.sums is not None else [g for g in report.kinds if g.sums is not None]
-    for index, recipe in enumerate(report.names):
-        counts = [0] * DELTA_BINS
-        for group in groups:
-            assert group.sums is not None
-            counts = [a + b for a, b in zip(counts, group.sums[recipe].histogram, strict=True)]
+    alike: dict[tuple[int, ...], list[str]] = {}  # recipes by histogram: fallback leaves the scales as they are
+    for recipe in report.names:
+        sums = [group.sums[recipe].histogram for group in groups if group.sums is not None]
+        alike.setdefault(tuple(map(sum, zip(*sums, strict=True))), []).append(recipe)
+    for index, (counts, names) in enumerate(alike.items()):
         shares = [count / (sum(counts) or 1) for count in counts]
         lowest = min([lowest, *(edge for edge, share in zip(edges, shares, strict=False) if share > 1e-4)])
         style = {"color": CYCLE[index % len(CYCLE)], "dash": DASHES[index % len(DASHES)], "shape": "hv"}
-        figure.add_scatter(
-            x=edges,
-            y=[*shares, shares[-1]],
-            name=recipe,
-            mode="lines",
-            line=style,
-            fill="tozeroy" if len(report.names) == 1 else None,
-        )
+        fill = "tozeroy" if len(alike) == 1 else None
+        heights = [*shares, *shares[-1:]]
+        figure.add_scatter(x=edges, y=heights, name=", ".join(names), mode="lines", line=style, fill=fill)
     uniform = (high - low) / DELTA_BINS
     style = {"color": GREY, "dash": "dot", "shape": "hv"}
     figure.add_scatter(x=[0, high], y=[uniform] * 2, name="uniform on 0 to 1", mode="lines", line=style)
@@ -235,4 +230,5 @@ def _warning(report: Report) -> str:
     if not report.nonfinite:
         return ""
     places = ", ".join(f"{html.escape(entry['name'])} at {entry['position']}" for entry in report.nonfinite[:10])
-    return f"<p><b>{len(report.nonfinite)} tensors hold NaN or Inf and are missing from all figures:</b> {places}</p>"
+    count = len(report.nonfinite)
+    return f"<p><b>{count} tensor(s) with NaN or Inf; nothing that includes them is drawn:</b> {places}</p>"

@@ -203,8 +203,9 @@ def test_a_nan_stops_the_command_with_its_place(saved: Save) -> None:
         r"\[251, 3\]; mend it, .*--nonfinite propagate\n",
         done.stderr,
     )
-    done = mxdist(folder, "--nonfinite", "propagate")
-    assert done.returncode == 0
+    done = mxdist(folder, "--nonfinite", "propagate", "--out", folder / "out")
+    assert done.returncode == 0, done.stderr
+    assert "1 tensor(s) with NaN or Inf" in (folder / "out" / HTML_FILE).read_text()
     assert re.search(r"^total( +nan){8}$", done.stdout, re.M)
     assert "holds inf at [251, 3]" in done.stdout
     assert "Skipped, for integer tensors cannot be quantised: model.layers.0.mlp.ids." in done.stdout
