@@ -56,8 +56,10 @@ class ModelConfig(Section):
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}; lower it"
             )
         if self.num_experts and self.num_experts_per_tok == 1:
-            raise ValueError("num_experts_per_tok=1 leaves the router without a gradient, its one probability being "
-                             "always 1; use at least 2")
+            raise ValueError(
+                "num_experts_per_tok=1 leaves the router without a gradient, its one probability being "
+                "always 1; use at least 2"
+            )
         for key in ("hidden_size", "moe_intermediate_size", "intermediate_size"):
             if getattr(self, key) % 32:
                 raise ValueError(f"{key}={getattr(self, key)} is not a multiple of 32, the MXFP4 block; round it up")

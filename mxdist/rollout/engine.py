@@ -60,8 +60,9 @@ class Engine:
         [model] = self._llm.apply_model(lambda model: model)
         return model
 
-    def generate(self, prompts: Sequence[tuple[int, ...]],
-                 sampling: Sequence[SamplingParams]) -> list[CompletionOutput]:
+    def generate(
+        self, prompts: Sequence[tuple[int, ...]], sampling: Sequence[SamplingParams]
+    ) -> list[CompletionOutput]:
         """One completion for each prompt, in their order."""
         requests = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         outputs = self._llm.generate(requests, list(sampling), use_tqdm=False)
@@ -86,8 +87,10 @@ def check_head_dim(head_dim: int) -> None:
 
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     if head_dim not in sizes:
-        raise UserError(f"model.head_dim={head_dim} has no attention kernel in vLLM on a CPU; choose one of "
-                        f"{', '.join(map(str, sizes))}")
+        raise UserError(
+            f"model.head_dim={head_dim} has no attention kernel in vLLM on a CPU; choose one of "
+            f"{', '.join(map(str, sizes))}"
+        )
 
 
 def sampling_params(temperature: float, max_tokens: int, eos_token_id: int, seed: int) -> SamplingParams:
@@ -102,4 +105,3 @@ def sampling_params(temperature: float, max_tokens: int, eos_token_id: int, seed
         detokenize=False,
         skip_clone=True,
     )
-

@@ -23,8 +23,9 @@ def route(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor
     return (weights / weights.sum(-1, keepdim=True) if renormalise else weights), experts
 
 
-def run_experts(x: Tensor, weights: Tensor, experts: Tensor, w13: LiveWeight, w2: LiveWeight,
-                recipe: Recipe, name: str) -> Tensor:
+def run_experts(
+    x: Tensor, weights: Tensor, experts: Tensor, w13: LiveWeight, w2: LiveWeight, recipe: Recipe, name: str
+) -> Tensor:
     """Sum over a token's experts of weight * fc2(Q(silu(gate) * up)); x is quantised once for all its experts.
 
     Args:
@@ -53,9 +54,10 @@ def _grouped_linear(rows: Tensor, weights: Tensor, sizes: list[int]) -> Tensor:
     start = 0
     for expert, size in enumerate(sizes):
         if size:
-            torch.mm(rows[start:start + size], weights[expert].t(), out=out[start:start + size])
+            torch.mm(rows[start : start + size], weights[expert].t(), out=out[start : start + size])
         start += size
     return out
+
 
 def _quantised(x: Tensor, recipe: Recipe, name: str) -> Tensor:
     """What the experts' GEMMs multiply, in x's dtype: Q(x), or x itself where the recipe keeps activations."""

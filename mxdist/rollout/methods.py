@@ -26,8 +26,16 @@ class LiveLinearMethod(LinearMethodBase):
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
-    def create_weights(self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int],
-                       input_size: int, output_size: int, params_dtype: torch.dtype, **extra: Any) -> None:
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
         del input_size, output_size, extra
         layer.live = LiveWeight(sum(output_partition_sizes), input_size_per_partition, self.recipe.w, params_dtype)
         layer.live_splits = tuple(output_partition_sizes)
@@ -50,8 +58,16 @@ class LiveRouterMethod(LiveLinearMethod):
 class LiveEmbeddingMethod(QuantizeMethodBase):
     """Token embedding and output head: never quantised."""
 
-    def create_weights(self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int],
-                       input_size: int, output_size: int, params_dtype: torch.dtype, **extra: Any) -> None:
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
         del input_size, output_size, extra
         layer.live = LiveWeight(sum(output_partition_sizes), input_size_per_partition, None, params_dtype)
 
@@ -74,8 +90,15 @@ class LiveExpertsMethod(FusedMoEMethodBase):
     def is_monolithic(self) -> bool:
         return True
 
-    def create_weights(self, layer: Any, num_experts: int, hidden_size: int,
-                       intermediate_size_per_partition: int, params_dtype: torch.dtype, **extra: Any) -> None:
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
         del extra
         wide = intermediate_size_per_partition
         # Rows of expert e: gate then up in live_w13 from 2 e wide on, down in live_w2 from e hidden_size on.
@@ -85,9 +108,7 @@ class LiveExpertsMethod(FusedMoEMethodBase):
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         del layer  # no kernel of vLLM's runs here, so none is to be told of scales
 
-    def apply_monolithic(self, layer: Any, x: Tensor, router_logits: Tensor,
-                         input_ids: Tensor | None = None) -> Tensor:
+    def apply_monolithic(self, layer: Any, x: Tensor, router_logits: Tensor, input_ids: Tensor | None = None) -> Tensor:
         del input_ids
         weights, experts = route(router_logits, layer.top_k, layer.renormalize)
-        return run_experts(x, weights, experts, layer.live_w13, layer.live_w2, self.recipe,
-                           layer.layer_name)
+        return run_experts(x, weights, experts, layer.live_w13, layer.live_w2, self.recipe, layer.layer_name)

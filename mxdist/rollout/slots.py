@@ -131,8 +131,10 @@ def _checked(slots: dict[str, Slot], payloads: Sequence[WeightPayload], recipe: 
         raise ParityError("a weight sync came without payloads")
     for rank, payload in enumerate(payloads):
         if payload.recipe != recipe.to_dict():
-            raise ParityError(f"payload {rank} is of recipe {payload.recipe.get('name')}, which is not the engine's "
-                              f"{recipe.name}, or differs from it in its details")
+            raise ParityError(
+                f"payload {rank} is of recipe {payload.recipe.get('name')}, which is not the engine's "
+                f"{recipe.name}, or differs from it in its details"
+            )
         if payload.version != payloads[0].version:
             raise ParityError(f"payload {rank} has version {payload.version}, payload 0 has {payloads[0].version}")
     entries = gather_entries(payloads)
@@ -153,17 +155,25 @@ def _check_entry(slot: Slot, entry: TensorEntry) -> None:
         raise ParityError(f"{entry.name} was sent with shape {tuple(entry.shape)}; the engine's is {shape}")
     parts = slot.parts()
     if entry.parts.keys() != parts.keys():
-        raise ParityError(f"{entry.name} was sent with the parts {sorted(entry.parts)}; the engine's are "
-                          f"{sorted(parts)}")
+        raise ParityError(
+            f"{entry.name} was sent with the parts {sorted(entry.parts)}; the engine's are {sorted(parts)}"
+        )
     for part, live in parts.items():
         sent = as_tensor(entry.parts[part])
         if sent.shape != live.shape or sent.is_floating_point() != live.is_floating_point():
-            raise ParityError(f"{entry.name}, part {part}, was sent as {sent.dtype} {tuple(sent.shape)}; the engine's "
-                              f"is {live.dtype} {tuple(live.shape)}")
-        finite = torch.isfinite(sent).all() if sent.is_floating_point() else (
-            not part.endswith("scales") or (sent != E8M0_NAN).all())
+            raise ParityError(
+                f"{entry.name}, part {part}, was sent as {sent.dtype} {tuple(sent.shape)}; the engine's "
+                f"is {live.dtype} {tuple(live.shape)}"
+            )
+        finite = (
+            torch.isfinite(sent).all()
+            if sent.is_floating_point()
+            else (not part.endswith("scales") or (sent != E8M0_NAN).all())
+        )
         if not finite:
             raise ParityError(f"{entry.name}, part {part}, holds a NaN or Inf")
         if not torch.equal(sent.to(live.dtype).to(sent.dtype), sent):
-            raise ParityError(f"{entry.name}, part {part}, was sent as {sent.dtype} with values that the engine's "
-                              f"{live.dtype} cannot hold")
+            raise ParityError(
+                f"{entry.name}, part {part}, was sent as {sent.dtype} with values that the engine's "
+                f"{live.dtype} cannot hold"
+            )

@@ -74,8 +74,11 @@ class RolloutWorker:
         model = self._engine.model
         self._slots = slots.find_slots(model, self._shape.vocab_size)
         routed = slots.routed_layers(model)
-        norms = [(name.removesuffix(".weight"), slot.owner.weight) for name, slot in self._slots.items()
-                 if not isinstance(slot.owner, slots.LiveWeight)]
+        norms = [
+            (name.removesuffix(".weight"), slot.owner.weight)
+            for name, slot in self._slots.items()
+            if not isinstance(slot.owner, slots.LiveWeight)
+        ]
         self._injector = NoiseInjector(select_norms(norms, routed), routed)
         return EngineReport(
             quantised_modules=tuple(sorted(slot.module for slot in self._slots.values() if slot.kind == "mx")),
@@ -116,8 +119,11 @@ class RolloutWorker:
         if sampling.temperature == 0 and noise.sigma != 0:
             raise ValueError(f"greedy decoding was asked for with noise of sigma={noise.sigma}; evaluation is clean")
         started = time.perf_counter()
-        parameters = [self._parameters(prompt, index, sampling)
-                      for prompt in request.prompts for index in range(sampling.samples_per_prompt)]
+        parameters = [
+            self._parameters(prompt, index, sampling)
+            for prompt in request.prompts
+            for index in range(sampling.samples_per_prompt)
+        ]
         tokens = [prompt.tokens for prompt in request.prompts for _ in range(sampling.samples_per_prompt)]
         with self._injector.perturbed(noise) as perturbed:
             if perturbed:
@@ -129,8 +135,10 @@ class RolloutWorker:
                     self._engine.forget_prefixes()
         samples = [_sample(output) for output in outputs]
         size = sampling.samples_per_prompt
-        groups = tuple(Group(prompt, tuple(samples[i * size:(i + 1) * size]), self._version, noise.sigma)
-                       for i, prompt in enumerate(request.prompts))
+        groups = tuple(
+            Group(prompt, tuple(samples[i * size : (i + 1) * size]), self._version, noise.sigma)
+            for i, prompt in enumerate(request.prompts)
+        )
         return RolloutResult(groups, _entropy(samples), time.perf_counter() - started, perturbed)
 
     def shutdown(self) -> None:
@@ -144,8 +152,10 @@ class RolloutWorker:
 
         context = self._config.model.max_position_embeddings
         if len(prompt.tokens) > context - 1:
-            raise UserError(f"prompt {prompt.key} has {len(prompt.tokens)} tokens, but at most {context - 1} fit into "
-                            f"the context of {context} with an answer; raise model.max_position_embeddings or drop it")
+            raise UserError(
+                f"prompt {prompt.key} has {len(prompt.tokens)} tokens, but at most {context - 1} fit into "
+                f"the context of {context} with an answer; raise model.max_position_embeddings or drop it"
+            )
         seed = derive_seed(sampling.seed, prompt.key, index)
         room = min(sampling.max_new_tokens, context - len(prompt.tokens))
         return sampling_params(sampling.temperature, room, self._shape.eos_token_id, seed)
@@ -173,5 +183,7 @@ def _sample(output: "CompletionOutput") -> Sample:
 
 def _entropy(samples: list[Sample]) -> EntropyStatistics:
     """Each token's -log p is an unbiased estimate of the entropy of the distribution it was drawn from."""
-    return EntropyStatistics(-float(sum(sample.logprobs.sum(dtype=np.float64) for sample in samples)),
-                             sum(len(sample.tokens) for sample in samples))
+    return EntropyStatistics(
+        -float(sum(sample.logprobs.sum(dtype=np.float64) for sample in samples)),
+        sum(len(sample.tokens) for sample in samples),
+    )

@@ -27,13 +27,17 @@ def compare_modules(learner: Iterable[str], engine: Iterable[str], quantises: bo
         if quantises and not modules:
             raise ParityError(f"the recipe quantises, but the {side} has no quantised module")
         if modules and not quantises:
-            raise ParityError(f"the recipe quantises nothing, but the {side} has {len(modules)} quantised modules, "
-                              f"the first {min(modules)}")
+            raise ParityError(
+                f"the recipe quantises nothing, but the {side} has {len(modules)} quantised modules, "
+                f"the first {min(modules)}"
+            )
     only = sorted(sides["learner"] ^ sides["engine"])
     if only:
         has, lacks = ("learner", "engine") if only[0] in sides["learner"] else ("engine", "learner")
-        raise ParityError(f"{only[0]} is quantised in the {has} but not in the {lacks}; the lists of "
-                          f"{len(sides['learner'])} and {len(sides['engine'])} modules differ in {len(only)}")
+        raise ParityError(
+            f"{only[0]} is quantised in the {has} but not in the {lacks}; the lists of "
+            f"{len(sides['learner'])} and {len(sides['engine'])} modules differ in {len(only)}"
+        )
 
 
 def compare_checksums(learner: Checksums, engine: Checksums) -> None:
@@ -51,9 +55,11 @@ def compare_checksums(learner: Checksums, engine: Checksums) -> None:
     first = differing[0]
     ours, theirs = learner.get(first, {}), engine.get(first, {})
     part = next(part for part in [*ours, *theirs] if ours.get(part) != theirs.get(part))
-    raise ParityError(f"learner and engine disagree about {first}, part {part}: {_shown(ours.get(part))} in the "
-                      f"learner, {_shown(theirs.get(part))} in the engine; {len(differing)} of "
-                      f"{len(learner.keys() | engine.keys())} tensors differ")
+    raise ParityError(
+        f"learner and engine disagree about {first}, part {part}: {_shown(ours.get(part))} in the "
+        f"learner, {_shown(theirs.get(part))} in the engine; {len(differing)} of "
+        f"{len(learner.keys() | engine.keys())} tensors differ"
+    )
 
 
 def _shown(value: int | None) -> str:

@@ -25,8 +25,9 @@ VALUES = "values"
 
 def dense_entry(name: str, tensor: Tensor) -> TensorEntry:
     """Entry of a tensor that stays in high precision (float32 or bfloat16, any shape), as the learner holds it."""
-    return TensorEntry(name, "dense", tuple(tensor.shape), {VALUES: as_array(tensor)},
-                       {VALUES: values_checksum(tensor)})
+    return TensorEntry(
+        name, "dense", tuple(tensor.shape), {VALUES: as_array(tensor)}, {VALUES: values_checksum(tensor)}
+    )
 
 
 def mx_entry(name: str, packed: MXTensor, values: Tensor) -> TensorEntry:

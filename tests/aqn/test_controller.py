@@ -13,17 +13,31 @@ from mxdist.messages import EntropyStatistics
 
 configs = st.builds(
     lambda mode, end, ratio, stages, low, width, gain: AqnConfig(
-        mode=mode, sigma_end=end, sigma_start=end * ratio, stages=stages, entropy_low=low, entropy_high=low + width,
-        gain=gain),
-    st.sampled_from(["schedule", "entropy_band"]), st.floats(1e-5, 1e-1), st.floats(1, 1e3), st.integers(2, 20),
-    st.floats(0, 3), st.floats(0.01, 3), st.floats(1.01, 4))
-entropies = st.builds(lambda mean, tokens: EntropyStatistics(mean * tokens, tokens), st.floats(0, 8),
-                      st.integers(0, 1000))
+        mode=mode,
+        sigma_end=end,
+        sigma_start=end * ratio,
+        stages=stages,
+        entropy_low=low,
+        entropy_high=low + width,
+        gain=gain,
+    ),
+    st.sampled_from(["schedule", "entropy_band"]),
+    st.floats(1e-5, 1e-1),
+    st.floats(1, 1e3),
+    st.integers(2, 20),
+    st.floats(0, 3),
+    st.floats(0.01, 3),
+    st.floats(1.01, 4),
+)
+entropies = st.builds(
+    lambda mean, tokens: EntropyStatistics(mean * tokens, tokens), st.floats(0, 8), st.integers(0, 1000)
+)
 
 
 @given(configs, st.integers(1, 300), st.lists(entropies, max_size=60))
 def test_sigma_is_zero_or_within_its_bounds_and_zero_in_the_first_stage(
-        config: AqnConfig, steps: int, observed: list[EntropyStatistics]) -> None:
+    config: AqnConfig, steps: int, observed: list[EntropyStatistics]
+) -> None:
     controller = AqnController(config, steps)
     for step in range(steps):
         sigma = controller.sigma(step)
@@ -97,7 +111,8 @@ def test_the_band_looks_at_the_mean_over_all_workers() -> None:
 
 @given(configs, st.lists(entropies, min_size=1, max_size=30), st.integers(0, 29))
 def test_a_restored_controller_goes_on_exactly_as_the_saved_one(
-        config: AqnConfig, observed: list[EntropyStatistics], cut: int) -> None:
+    config: AqnConfig, observed: list[EntropyStatistics], cut: int
+) -> None:
     whole, before = AqnController(config, 30), AqnController(config, 30)
     after = AqnController(config, 30)
     for step, entropy in enumerate(observed):

@@ -12,8 +12,11 @@ NOISE = Noise(sigma=0.01, seed=11)
 
 
 def model_norms(dtype: torch.dtype = torch.float32, hidden: int = 4096) -> list[tuple[str, torch.Tensor]]:
-    named = [(f"model.layers.{layer}.{norm}", torch.nn.Parameter(torch.rand(hidden).to(dtype)))
-             for layer in range(LAYERS) for norm in NORMS]
+    named = [
+        (f"model.layers.{layer}.{norm}", torch.nn.Parameter(torch.rand(hidden).to(dtype)))
+        for layer in range(LAYERS)
+        for norm in NORMS
+    ]
     return [*named, ("model.norm", torch.nn.Parameter(torch.ones(hidden, dtype=dtype)))]
 
 
@@ -28,14 +31,19 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("routed", [frozenset(), frozenset({0, 1, 2}), frozenset({1})])
 def test_only_norms_that_feed_linears_but_no_router_change_and_all_come_back(
-        dtype: torch.dtype, routed: frozenset[int]) -> None:
+    dtype: torch.dtype, routed: frozenset[int]
+) -> None:
     norms = model_norms(dtype)
     injector = NoiseInjector(select_norms(norms, routed), routed)
     before = bits(norms)
     with injector.perturbed(NOISE) as count:
         during = changed(before, bits(norms))
-    expected = [f"model.layers.{layer}.{norm}" for layer in range(LAYERS) for norm in NORMS[:2]
-                if norm == "input_layernorm" or layer not in routed]
+    expected = [
+        f"model.layers.{layer}.{norm}"
+        for layer in range(LAYERS)
+        for norm in NORMS[:2]
+        if norm == "input_layernorm" or layer not in routed
+    ]
     assert during == expected
     assert list(injector.names) == sorted(expected)
     assert count == len(expected)
@@ -81,8 +89,10 @@ def test_no_noise_needs_no_norm_and_changes_nothing() -> None:
 
 
 def test_noise_that_reaches_no_module_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="no norm of the model can carry it"), \
-            NoiseInjector([], frozenset()).perturbed(NOISE):
+    with (
+        pytest.raises(RuntimeError, match="no norm of the model can carry it"),
+        NoiseInjector([], frozenset()).perturbed(NOISE),
+    ):
         pass
 
 
@@ -97,12 +107,15 @@ def test_nested_noise_is_an_error_and_leaves_the_outer_noise_to_be_undone() -> N
     assert changed(before, bits(norms)) == []
 
 
-@pytest.mark.parametrize(("name", "layer", "complaint"), [
-    ("model.layers.1.post_attention_layernorm", 1, "feeds the router"),
-    ("model.layers.1.self_attn.q_norm", 1, "must stay clean"),
-    ("model.norm", 0, "must stay clean"),
-    ("model.layers.1.input_layernorm", 2, "not a layer norm of layer 2"),
-])
+@pytest.mark.parametrize(
+    ("name", "layer", "complaint"),
+    [
+        ("model.layers.1.post_attention_layernorm", 1, "feeds the router"),
+        ("model.layers.1.self_attn.q_norm", 1, "must stay clean"),
+        ("model.norm", 0, "must stay clean"),
+        ("model.layers.1.input_layernorm", 2, "not a layer norm of layer 2"),
+    ],
+)
 def test_norms_that_must_stay_clean_are_refused_whoever_lists_them(name: str, layer: int, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         NoiseInjector([(layer, name, torch.ones(4))], frozenset({1}))

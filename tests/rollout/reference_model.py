@@ -17,14 +17,23 @@ def tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Every tensor of a Qwen3 checkpoint in Hugging Face's names, experts apart."""
     c = shape.config
     h, heads, groups = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (shape.vocab_size, h),
-                                          "lm_head": (shape.vocab_size, h), "model.norm": (h,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens": (shape.vocab_size, h),
+        "lm_head": (shape.vocab_size, h),
+        "model.norm": (h,),
+    }
     for layer in range(c.num_hidden_layers):
         at = f"model.layers.{layer}"
-        shapes |= {f"{at}.input_layernorm": (h,), f"{at}.post_attention_layernorm": (h,),
-                   f"{at}.self_attn.q_proj": (heads, h), f"{at}.self_attn.k_proj": (groups, h),
-                   f"{at}.self_attn.v_proj": (groups, h), f"{at}.self_attn.o_proj": (h, heads),
-                   f"{at}.self_attn.q_norm": (c.head_dim,), f"{at}.self_attn.k_norm": (c.head_dim,)}
+        shapes |= {
+            f"{at}.input_layernorm": (h,),
+            f"{at}.post_attention_layernorm": (h,),
+            f"{at}.self_attn.q_proj": (heads, h),
+            f"{at}.self_attn.k_proj": (groups, h),
+            f"{at}.self_attn.v_proj": (groups, h),
+            f"{at}.self_attn.o_proj": (h, heads),
+            f"{at}.self_attn.q_norm": (c.head_dim,),
+            f"{at}.self_attn.k_norm": (c.head_dim,),
+        }
         wide = c.moe_intermediate_size if shape.is_moe else c.intermediate_size
         places = [f"{at}.mlp.experts.{e}" for e in range(c.num_experts)] or [f"{at}.mlp"]
         if shape.is_moe:
@@ -41,9 +50,12 @@ def is_quantised(name: str, recipe: Recipe) -> bool:
 def random_tensors(shape: ModelShape, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, shape.config.dtype)
-    return {name: (torch.randn(size, generator=generator) * (0.2 if len(size) == 1 else 0.1)
-                   + (1.0 if len(size) == 1 else 0.0)).to(dtype)
-            for name, size in tensor_shapes(shape).items()}
+    return {
+        name: (
+            torch.randn(size, generator=generator) * (0.2 if len(size) == 1 else 0.1) + (1.0 if len(size) == 1 else 0.0)
+        ).to(dtype)
+        for name, size in tensor_shapes(shape).items()
+    }
 
 
 def payloads(tensors: dict[str, Tensor], recipe: Recipe, version: int, ranks: int = 2) -> list[WeightPayload]:
@@ -88,11 +100,14 @@ class ReferenceExperts(nn.Module):
 def reference_model(shape: ModelShape, tensors: dict[str, Tensor], recipe: Recipe) -> nn.Module:
     """A float32 transformers model whose projections are replaced by quantised ones."""
     hf = shape.hf_config()
-    config = AutoConfig.for_model(hf["model_type"], **{k: v for k, v in hf.items() if k not in ("model_type",
-                                                                                              "torch_dtype")})
+    config = AutoConfig.for_model(
+        hf["model_type"], **{k: v for k, v in hf.items() if k not in ("model_type", "torch_dtype")}
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-    weights = {name: (quantise(tensor, recipe.w).dequantise() if is_quantised(name, recipe) else tensor.float())
-               for name, tensor in tensors.items()}
+    weights = {
+        name: (quantise(tensor, recipe.w).dequantise() if is_quantised(name, recipe) else tensor.float())
+        for name, tensor in tensors.items()
+    }
 
     def linear(name: str) -> ReferenceLinear:
         return ReferenceLinear(weights.pop(f"{name}.weight"), recipe)
@@ -103,8 +118,12 @@ def reference_model(shape: ModelShape, tensors: dict[str, Tensor], recipe: Recip
             setattr(layer.self_attn, name, linear(f"{at}.self_attn.{name}"))
         names = ("gate_proj", "up_proj", "down_proj")
         if shape.is_moe:
-            layer.mlp.experts = ReferenceExperts([{name: linear(f"{at}.mlp.experts.{e}.{name}") for name in names}
-                                                  for e in range(shape.config.num_experts)])
+            layer.mlp.experts = ReferenceExperts(
+                [
+                    {name: linear(f"{at}.mlp.experts.{e}.{name}") for name in names}
+                    for e in range(shape.config.num_experts)
+                ]
+            )
         else:
             for name in names:
                 setattr(layer.mlp, name, linear(f"{at}.mlp.{name}"))
@@ -116,5 +135,5 @@ def reference_model(shape: ModelShape, tensors: dict[str, Tensor], recipe: Recip
 def answer_logprobs(model: nn.Module, prompt: tuple[int, ...], answer: list[int], temperature: float) -> Tensor:
     """Log-probabilities of the answer's tokens, float32 [answer], by one teacher-forced pass."""
     with torch.no_grad():
-        logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1:-1]
+        logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
     return (logits / temperature).log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]

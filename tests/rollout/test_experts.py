@@ -40,11 +40,14 @@ def test_experts_equal_the_plain_loop(recipe_name: str, tokens: int) -> None:
     for token in range(tokens):
         for rank in range(TOP_K):
             e = experts[token, rank]
-            gate, up = (q(x[token]) @ w13.values[2 * e * WIDE:2 * (e + 1) * WIDE].T).chunk(2)
-            expected[token] += weights[token, rank] * (q(F.silu(gate) * up) @ w2.values[e * HIDDEN:(e + 1) * HIDDEN].T)
+            gate, up = (q(x[token]) @ w13.values[2 * e * WIDE : 2 * (e + 1) * WIDE].T).chunk(2)
+            expected[token] += weights[token, rank] * (
+                q(F.silu(gate) * up) @ w2.values[e * HIDDEN : (e + 1) * HIDDEN].T
+            )
     # A last-bit difference before quantising may move a code: rare, and then one grid step of one of 32 inputs.
-    torch.testing.assert_close(run_experts(x, weights, experts, w13, w2, recipe, "experts"), expected,
-                               rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        run_experts(x, weights, experts, w13, w2, recipe, "experts"), expected, rtol=1e-4, atol=1e-3
+    )
 
 
 def test_routing_takes_the_largest_probabilities_renormalised_in_float32() -> None:

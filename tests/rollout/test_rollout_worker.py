@@ -28,18 +28,30 @@ from tests.rollout.reference_model import (
 VOCABULARY, EOS, CONTEXT = 24, 2, 48
 CLEAN = Noise(0.0, 0)
 # The longer ones fill a block of the KV cache, which vLLM shares between requests and keeps from call to call.
-PROMPTS = tuple(Prompt(f"train-{i}", (1, *[3 + (5 * i + j * j) % 20 for j in range(length)]), "")
-                for i, length in enumerate((4, 5, 34, 6, 7, 36, 5, 8)))
+PROMPTS = tuple(
+    Prompt(f"train-{i}", (1, *[3 + (5 * i + j * j) % 20 for j in range(length)]), "")
+    for i, length in enumerate((4, 5, 34, 6, 7, 36, 5, 8))
+)
 
 
-@pytest.fixture(scope="module", params=["moe-mxfp4_mbs_of-float32", "moe-bf16-float32", "dense-bf16-float32",
-                                        "dense-mxfp4_mbs_of-bfloat16"])
+@pytest.fixture(
+    scope="module",
+    params=["moe-mxfp4_mbs_of-float32", "moe-bf16-float32", "dense-bf16-float32", "dense-mxfp4_mbs_of-bfloat16"],
+)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     family, recipe, dtype = request.param.split("-")
     experts = 4 if family == "moe" else 0
-    model = ModelConfig(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32, dtype=dtype,
-                        moe_intermediate_size=32, intermediate_size=96, num_experts=experts,
-                        max_position_embeddings=CONTEXT)
+    model = ModelConfig(
+        hidden_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        dtype=dtype,
+        moe_intermediate_size=32,
+        intermediate_size=96,
+        num_experts=experts,
+        max_position_embeddings=CONTEXT,
+    )
     config = Config(model=model, recipe=recipe, learner={"expert_parallel": 2 if experts else 1})
     process = EngineProcess(config, ModelShape(model, VOCABULARY, 1, EOS, 0), tmp_path_factory.mktemp("engine"))
     yield process
@@ -49,8 +61,14 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 only_quantised_moe = pytest.mark.parametrize("engine", ["moe-mxfp4_mbs_of-float32"], indirect=True)
 
 
-def request_of(prompts: tuple[Prompt, ...] = PROMPTS, *, samples: int = 2, temperature: float = 0.8, seed: int = 0,
-               noise: Noise = CLEAN) -> RolloutRequest:
+def request_of(
+    prompts: tuple[Prompt, ...] = PROMPTS,
+    *,
+    samples: int = 2,
+    temperature: float = 0.8,
+    seed: int = 0,
+    noise: Noise = CLEAN,
+) -> RolloutRequest:
     return RolloutRequest(0, prompts, SamplingSettings(samples, temperature, 8, seed), noise)
 
 
@@ -66,6 +84,7 @@ def answers(result: RolloutResult) -> list[tuple[list[int], list[float]]]:
 
 
 # Every kind of engine --------------------------------------------------------------------------------------------
+
 
 def test_vllm_finds_the_plugin_through_the_entry_point(engine: EngineProcess) -> None:
     assert engine.found_by_vllm == ["mxdist"]
@@ -89,9 +108,13 @@ def test_log_probabilities_equal_a_transformers_model_with_the_same_quantiser(en
     tensors = sync(engine, seed=1, version=2)
     result = engine.generate(request_of())
     model = reference_model(engine.shape, tensors, get_recipe(engine.config.recipe))
-    differences = np.concatenate([
-        sample.logprobs - answer_logprobs(model, group.prompt.tokens, sample.tokens.tolist(), 0.8).numpy()
-        for group in result.groups for sample in group.samples])
+    differences = np.concatenate(
+        [
+            sample.logprobs - answer_logprobs(model, group.prompt.tokens, sample.tokens.tolist(), 0.8).numpy()
+            for group in result.groups
+            for sample in group.samples
+        ]
+    )
     assert len(differences) > 60
     if engine.config.model.dtype == "bfloat16":
         assert np.abs(differences).mean() < 0.1
@@ -109,6 +132,7 @@ def test_loading_a_then_b_then_a_gives_the_answers_of_a_again(engine: EngineProc
 
 
 # One of them, in depth -------------------------------------------------------------------------------------------
+
 
 @only_quantised_moe
 def test_groups_keep_the_prompts_order_and_carry_version_and_sigma(engine: EngineProcess) -> None:
@@ -146,7 +170,7 @@ def test_greedy_answers_are_the_most_likely_tokens_and_all_alike(engine: EngineP
         first, second = (sample.tokens.tolist() for sample in group.samples)
         assert first == second
         with torch.no_grad():
-            logits = model(torch.tensor([[*group.prompt.tokens, *first]])).logits[0, len(group.prompt.tokens) - 1:-1]
+            logits = model(torch.tensor([[*group.prompt.tokens, *first]])).logits[0, len(group.prompt.tokens) - 1 : -1]
         assert logits.argmax(-1).tolist() == first
 
 
@@ -230,18 +254,22 @@ def spoil_entry(sent: list[WeightPayload], **changes: object) -> list[WeightPayl
 SPOILT = {
     "did not send lm_head.weight": lambda sent: [sent[0], replace(sent[1], entries=sent[1].entries[1:])],
     "sent model.layers.9.weight, which the model does not have": lambda sent: spoil_entry(
-        sent, name="model.layers.9.weight"),
+        sent, name="model.layers.9.weight"
+    ),
     "twice": lambda sent: [*sent, sent[0]],
     "with shape": lambda sent: spoil_entry(sent, shape=lambda entry: (entry.shape[0] + 1, entry.shape[1])),
     "with the parts": lambda sent: spoil_entry(
-        sent, parts=lambda entry: entry.parts | {"zero_points": entry.parts["scales"]}),
+        sent, parts=lambda entry: entry.parts | {"zero_points": entry.parts["scales"]}
+    ),
     "part codes, was sent as": lambda sent: spoil_entry(
-        sent, parts=lambda entry: entry.parts | {"codes": entry.parts["codes"][1:]}),
+        sent, parts=lambda entry: entry.parts | {"codes": entry.parts["codes"][1:]}
+    ),
     "sent as dense": lambda sent: spoil_entry(sent, kind="dense"),
     "recipe mxfp4": lambda sent: [sent[0], replace(sent[1], recipe=get_recipe("mxfp4").to_dict())],
     "has version 8": lambda sent: [sent[0], replace(sent[1], version=8)],
     "part scales, holds a NaN": lambda sent: spoil_entry(
-        sent, parts=lambda entry: entry.parts | {"scales": np.full_like(entry.parts["scales"], 255)}),
+        sent, parts=lambda entry: entry.parts | {"scales": np.full_like(entry.parts["scales"], 255)}
+    ),
     "without payloads": lambda _sent: [],
 }
 
@@ -282,6 +310,7 @@ def test_a_head_size_the_attention_lacks_is_named_with_those_it_has(engine: Engi
 
 
 # Executed in the engine's process --------------------------------------------------------------------------------
+
 
 def live_checksums(worker: RolloutWorker) -> dict[str, dict[str, int]]:
     return {name: slot.checksums() for name, slot in worker._slots.items()}
