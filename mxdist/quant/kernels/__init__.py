@@ -4,11 +4,12 @@
     forms         E4M3 bytes with float32 scales: the three layouts that FP8 GEMMs read
     device        building blocks of the kernels: scales, rounding, random bits, Hadamard
     quant_rows    one scale per row
-    quant_tiles   one scale per 1 x 128 tile: along rows, along columns, or both from one read
+    quant_tiles   one scale per 1 x 128 tile, along rows or along columns
     quant_weight  weights: one rounding, W and W^T
-    quant_packed  nibbles and E8M0 bytes: the form that is sent and saved
-    gemm          dense FP8 GEMMs: which one, and why
-    grouped       the same for experts
+    dequantise    E4M3 back to bfloat16
+    plan          which GEMM for which product, and why; no Triton import
+    gemm          dense FP8 GEMMs
+    grouped       linears of experts
     linear        mx_linear on these kernels
 
 Every kernel writes the values of `reference.quantise` bit for bit. Import from the submodules; those with kernels

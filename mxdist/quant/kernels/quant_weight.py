@@ -1,0 +1,137 @@
+"""Quantise a weight once and write both of its GEMM operands: W for the forward pass, W^T for dgrad.
+
+Both hold the same bytes, so forward and backward see one function: a byte's unit is shared by a 128 x 128 square, or
+by the whole weight, and either is the same for W and W^T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mxdist.quant.format import SCALE_CARRY, TILE, e8m0_from_absmax
+from mxdist.quant.kernels.device import (
+    block_maxima,
+    code_of,
+    encode,
+    load_patches,
+    power_of_two,
+    row_view,
+    spread_codes,
+    unit_of,
+)
+from mxdist.quant.kernels.forms import Form, Fp8Matrix, empty_tiles
+from mxdist.quant.kernels.nonfinite import Flag
+from mxdist.quant.kernels.options import UnsupportedOperandError, options_of
+from mxdist.quant.recipe import Operand
+from mxdist.quant.reference import NonFinite
+
+
+def whole_units(weights: Tensor, operand: Operand) -> tuple[Tensor, Tensor]:
+    """Return the codes int32 [E] and scales float32 [E] of one unit for each whole weight of [E, N, K].
+
+    A NaN or Inf anywhere in a weight spoils the unit, hence all values, of that weight.
+    """
+    largest = torch.maximum(weights.amax((1, 2)), -weights.amin((1, 2))).float().nan_to_num(0.0)
+    unit = (e8m0_from_absmax(largest, operand.scale_rule) - 6).clamp_(min=1)
+    return unit, torch.ldexp(torch.ones_like(largest), unit - 127)
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Weight:
+    """A quantised weight [N, K]: `forward` is [N, K], `transposed` [K, N], with equal values."""
+
+    forward: Fp8Matrix
+    transposed: Fp8Matrix
+
+
+@triton.jit
+def _kernel(
+    w, stride, rows, columns, flag, reference, data, data_stride, scale, scale_stride,
+    data_t, data_t_stride, scale_t, scale_t_stride,
+    SQUARE: tl.constexpr, WHOLE: tl.constexpr, CARRY: tl.constexpr, SATURATE: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    row, column = tl.program_id(1) * 128, tl.program_id(0) * 128
+    r, c = row + tl.arange(0, 128), column + tl.arange(0, 128)
+    x = row_view(load_patches(w, stride, row, column, rows, columns, 128, 128), 128, 128)
+    blocks = tl.reshape(x, [128, 1, 4, 32])
+    absmax, bad = block_maxima(blocks)
+    if CHECK and tl.max(tl.reshape(bad.to(tl.int32), [512])) > 0:
+        tl.atomic_or(flag, 1)
+    if SQUARE:
+        squares = tl.max(tl.reshape(absmax, [4, 32, 4]), axis=1)
+        absmax = tl.reshape(tl.broadcast_to(squares[:, None, :], [4, 32, 4]), [128, 1, 4])
+    code = code_of(absmax, CARRY)
+    tops = tl.max(code, axis=2)
+    largest = tl.max(tl.reshape(tops, [128]))
+    if SQUARE:
+        tops = tops * 0 + largest
+    code = spread_codes(code, absmax, tops[:, :, None])
+    unit = tl.load(reference) if WHOLE else unit_of(largest)
+    y = encode(blocks, code, bad, 1.0, tops * 0 + unit, 0.0, SATURATE, False, False)
+    y = tl.reshape(y, [128, 128])
+    inside = (r < rows)[:, None] & (c < tl.cdiv(columns, 128) * 128)[None, :]
+    tl.store(data + r.to(tl.int64)[:, None] * data_stride + c[None, :], y.to(tl.float8e4nv), mask=inside)
+    inside = (c < columns)[:, None] & (r < tl.cdiv(rows, 128) * 128)[None, :]
+    # Cast once per orientation, of values the compiler takes for different (+ 0.0): from the bytes of one cast it
+    # builds wrong ones for the other (Triton 3.6.0; the GPU tests compare both).
+    y_t = (tl.trans(y) + 0.0).to(tl.float8e4nv)
+    tl.store(data_t + c.to(tl.int64)[:, None] * data_t_stride + r[None, :], y_t, mask=inside)
+    if not WHOLE:
+        tl.store(scale + tl.program_id(1) * scale_stride + tl.program_id(0), power_of_two(unit))
+        tl.store(scale_t + tl.program_id(0) * scale_t_stride + tl.program_id(1), power_of_two(unit))
+
+
+def quantise_weight(
+    weight: Tensor,
+    operand: Operand,
+    *,
+    form: Form = Form.SQUARE,
+    out: Fp8Weight | None = None,
+    unit: Tensor | None = None,
+    name: str = "weight",
+    nonfinite: NonFinite = "error",
+) -> Fp8Weight:
+    """Quantise a weight [N, K] along K; blocks 1 x 32, or 32 x 32 when `operand.square`.
+
+    weight  float32 or bfloat16, last axis contiguous (otherwise copied); magnitudes up to 6 * 2^125.
+    form    SQUARE: a scale per 128 x 128 square. ROW: one unit for the whole weight, written as equal row scales.
+
+    out     where to write, of this shape and form; new matrices without.
+    unit    form ROW: the weight's code of `whole_units`, when `out` already holds the scales.
+
+    Values equal `reference.quantise` while the block codes of a square (or of the weight) span at most 14 binades.
+    Raises `UnsupportedOperandError` for operands with macro factors, ValueError for form TILE.
+    """
+    if form is Form.TILE:
+        raise ValueError("tiles of W and of W^T share no scale: a weight is SQUARE or ROW.")
+    if operand.macro is not None:
+        raise UnsupportedOperandError("macro factors of weights differ along N, so W^T cannot share their bytes.")
+    options = options_of(Operand(scale_rule=operand.scale_rule, fallback=operand.fallback, block=operand.block))
+    n, k = weight.shape
+    if weight.stride(-1) != 1:
+        weight = weight.contiguous()
+    if out is None:
+        out = Fp8Weight(empty_tiles(n, k, form, weight.device), empty_tiles(k, n, form, weight.device))
+    forward, transposed = out.forward, out.transposed
+    if not weight.numel():
+        return out
+    flag = Flag(weight.device, nonfinite)
+    whole = form is Form.ROW
+    if whole and unit is None:
+        unit, value = whole_units(weight.detach().unsqueeze(0), operand)
+        forward.scale.copy_(value.expand(n, 1))
+        transposed.scale.copy_(value.expand(k, 1))
+    _kernel[(triton.cdiv(k, TILE), triton.cdiv(n, TILE))](
+        weight, weight.stride(0), n, k, flag.pointer, unit,
+        forward.data, forward.data.stride(0), forward.scale, forward.scale.stride(0),
+        transposed.data, transposed.data.stride(0), transposed.scale, transposed.scale.stride(0),
+        SQUARE=operand.square, WHOLE=whole, CARRY=SCALE_CARRY[operand.scale_rule], SATURATE=options.saturate,
+        CHECK=flag.checked, num_warps=8,
+    )  # fmt: skip
+    flag.raise_if_set(weight, name)
+    return out

@@ -1,0 +1,21 @@
+"""These tests need a Hopper GPU; elsewhere each is skipped with the reason."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from mxdist.quant.kernels.plan import device_lacks
+
+if importlib.util.find_spec("triton") is None:
+    _lacking: str | None = "the kernels need Triton"
+else:
+    _lacking = device_lacks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _needs_hopper() -> None:
+    if _lacking is not None:
+        pytest.skip(_lacking)

@@ -1,0 +1,77 @@
+"""Compile every kernel for sm_90a without a GPU and print what ptxas says, as JSON. A program of its own, because a
+process that interprets kernels cannot compile them: python -m tests.quant.kernels.compile_check"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mxdist.quant.kernels import quant_rows, quant_tiles, quant_weight
+
+CEIL = 0x3FFFFF
+POINTERS = {
+    "x_pointer": "*bf16", "w": "*bf16", "flag": "*i32", "reference": "*i32", "data": "*fp8e4nv", "data_t": "*fp8e4nv",
+    "scale": "*fp32", "scale_t": "*fp32",
+}  # fmt: skip
+
+
+def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
+    """Name, kernel, constants, warps."""
+    plain = {"CARRY": CEIL, "SATURATE": False, "CHECK": False}
+    tiles = plain | {"MACRO_BITS": 0, "RANDOM": False, "HADAMARD": False, "ONE_SCALE": False, "BY_COLUMN": False}
+    by_row = tiles | dict(zip(("ROWS", "COLS"), quant_tiles._ROWS_ONLY[:2], strict=True))
+    yield "tiles by row", quant_tiles._kernel, by_row, quant_tiles._ROWS_ONLY[2]
+    yield "tiles by row, macro factors", quant_tiles._kernel, by_row | {"MACRO_BITS": 8}, quant_tiles._ROWS_ONLY[2]
+    by_column = tiles | {"BY_COLUMN": True} | dict(zip(("ROWS", "COLS"), quant_tiles._COLUMNS_ONLY[:2], strict=True))
+    yield "tiles by column", quant_tiles._kernel, by_column, quant_tiles._COLUMNS_ONLY[2]
+    random = {"RANDOM": True, "HADAMARD": True}
+    yield "tiles by column, rotated", quant_tiles._kernel, by_column | random, quant_tiles._COLUMNS_ONLY[2]
+    squares = tiles | {"BY_COLUMN": True, "ONE_SCALE": True}
+    squares |= dict(zip(("ROWS", "COLS"), quant_tiles._SQUARES[:2], strict=True))
+    yield "squares by column", quant_tiles._kernel, squares, quant_tiles._SQUARES[2]
+    rows = plain | {"ROWS": 1, "COLS": 2048, "CHUNKS": 1, "RANDOM": False}
+    yield "rows", quant_rows._kernel, rows, 4
+    yield "weight", quant_weight._kernel, plain | {"SQUARE": False, "WHOLE": False}, 8
+
+
+def compile_kernel(kernel: Any, constants: dict[str, object], warps: int, arch: int) -> dict[str, Any]:
+    """Registers, spilt bytes, ptxas warnings and PTX of one kernel."""
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature = {name: POINTERS.get(name, "i32") for name in names} | dict.fromkeys(constants, "constexpr")
+    multiples = {n for n in names if "stride" in n or n == "columns" or n in POINTERS}
+    aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in multiples}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    ptx = compiled.asm["ptx"]
+    suffix = "-blackwell" if arch >= 100 else ""
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / f"ptxas{suffix}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [str(ptxas), "-v", f"-arch=sm_{arch}a", str(path), "-o", str(path.with_suffix(".cubin"))]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {
+        "registers": int(re.findall(r"Used (\d+) registers", log)[0]),
+        "spilt_bytes": sum(map(int, re.findall(r"(\d+) bytes spill stores", log))),
+        "shared_bytes": compiled.metadata.shared,
+        "warnings": [line for line in log.splitlines() if "warning" in line.lower()],
+        "ptx": ptx,
+    }
+
+
+if __name__ == "__main__":
+    results = {name: compile_kernel(kernel, constants, warps, 90) for name, kernel, constants, warps in cases()}
+    if "--ptx" not in sys.argv:
+        for result in results.values():
+            del result["ptx"]
+    print(json.dumps(results, indent=1))

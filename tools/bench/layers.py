@@ -1,0 +1,123 @@
+"""Whole linears as training runs them, every quantisation included, against BF16: the figures that count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mxdist.quant.kernels.grouped import expert_linear, prepare_experts
+from mxdist.quant.kernels.linear import HopperWeight, mx_linear, prepare_weight
+from mxdist.quant.kernels.plan import plan
+from mxdist.quant.recipe import Macro, Operand, Recipe, get_recipe
+from mxdist.quant.reference import fake_quantise
+from tools.bench.shapes import EXPERT_COUNT, EXPERT_ROWS, EXPERTS, LINEARS, TOKENS
+from tools.bench.timing import Ceilings, Row, is_rounding_only, milliseconds
+
+_CHECKED = 128
+_NEAREST = {"dy_dgrad": Operand(), "x_wgrad": Operand(), "dy_wgrad": Operand()}
+_MACRO = Operand(macro=Macro())
+RECIPES = (
+    Recipe("W4A4G4 to nearest", x_fwd=Operand(), w=Operand(), **_NEAREST),
+    get_recipe("mxfp4_g4"),
+    Recipe("W4A4G4 with MBS on X and dY", x_fwd=_MACRO, w=Operand(), **(_NEAREST | {"dy_dgrad": _MACRO})),
+)
+PAPER = get_recipe("mxfp4")
+
+
+def rows(ceilings: Ceilings) -> Iterator[Row]:
+    """Every layer with every recipe, forward and backward; the paper's mode forward alone, too."""
+    for model, linears in LINEARS.items():
+        cases = [_Case(outputs, inputs) for _, outputs, inputs in linears]
+        work = sum(2e-9 * TOKENS * outputs * inputs for _, outputs, inputs in linears)
+        forward_bf16, both_bf16 = _total(cases, _Case.bf16_forward), _total(cases, _Case.bf16_both)
+        yield _row(ceilings, f"{model} forward, bf16", forward_bf16, work, forward_bf16, None)
+        elapsed = _total(cases, lambda case: case.forward(PAPER))
+        yield _row(ceilings, f"{model} forward, {PAPER.name}", elapsed, work, forward_bf16, _correct(cases, PAPER))
+        yield _row(ceilings, f"{model} forward and backward, bf16", both_bf16, 3 * work, both_bf16, None)
+        for recipe in (*RECIPES, PAPER):
+            elapsed = _total(cases, partial(_Case.both, recipe=recipe))
+            label = f"{model} forward and backward, {recipe.name}"
+            yield _row(ceilings, label, elapsed, 3 * work, both_bf16, _correct(cases, recipe))
+    yield from _experts(ceilings)
+
+
+class _Case:
+    """One linear: its tensors and its work. Weights are quantised in every step, as with one micro-batch."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        self.x = torch.randn(TOKENS, inputs, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        self.w = torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        self.dy = torch.randn(TOKENS, outputs, device="cuda", dtype=torch.bfloat16)
+
+    def bf16_forward(self) -> Tensor:
+        return F.linear(self.x.detach(), self.w.detach())
+
+    def bf16_both(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(F.linear(self.x, self.w), (self.x, self.w), self.dy)
+
+    def prepared(self, recipe: Recipe) -> HopperWeight:
+        weight = prepare_weight(self.w, recipe, nonfinite="propagate")
+        assert isinstance(weight, HopperWeight), plan(recipe, *self.w.shape).why()
+        return weight
+
+    def forward(self, recipe: Recipe) -> Tensor:
+        x, w = self.x.detach(), self.w.detach()
+        return mx_linear(x, w, self.prepared(recipe), recipe, seed=1, nonfinite="propagate")
+
+    def both(self, recipe: Recipe) -> tuple[Tensor, ...]:
+        y = mx_linear(self.x, self.w, self.prepared(recipe), recipe, seed=1, nonfinite="propagate")
+        return torch.autograd.grad(y, (self.x, self.w), self.dy)
+
+
+def _total(cases: list[_Case], work: Callable[[_Case], object]) -> float:
+    return sum(milliseconds(partial(work, case)) for case in cases)
+
+
+def _correct(cases: list[_Case], recipe: Recipe) -> bool:
+    """Forward outputs against float64 of the reference's operands."""
+    assert recipe.x_fwd is not None
+    assert recipe.w is not None
+    for case in cases:
+        x, w = case.x.detach()[:_CHECKED], case.w.detach()
+        wanted = fake_quantise(x, recipe.x_fwd).double() @ fake_quantise(w, recipe.w).double().t()
+        if not is_rounding_only(case.forward(recipe)[:_CHECKED], wanted):
+            return False
+    return True
+
+
+def _row(ceilings: Ceilings, label: str, elapsed: float, work: float, bf16: float, correct: bool | None) -> Row:
+    speed = work / elapsed
+    peak = ceilings.bf16 if label.endswith("bf16") else ceilings.fp8
+    return Row("layers", label, elapsed, speed, "TFLOP/s", speed / peak, bf16 / elapsed, correct)
+
+
+def _experts(ceilings: Ceilings) -> Iterator[Row]:
+    sizes = [EXPERT_ROWS // EXPERT_COUNT] * EXPERT_COUNT
+    ends = torch.tensor(sizes, device="cuda").cumsum(0).to(torch.int32)
+    for model, linears in EXPERTS.items():
+        times: dict[str, float] = {"bf16": 0.0}
+        work = 0.0
+        for _, outputs, inputs in linears:
+            x = torch.randn(EXPERT_ROWS, inputs, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            w = torch.randn(EXPERT_COUNT, outputs, inputs, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            dy = torch.randn(EXPERT_ROWS, outputs, device="cuda", dtype=torch.bfloat16)
+            work += 6e-9 * EXPERT_ROWS * outputs * inputs
+
+            def bf16(x: Tensor = x, w: Tensor = w, dy: Tensor = dy) -> object:
+                return torch.autograd.grad(torch._grouped_mm(x, w.transpose(1, 2), offs=ends), (x, w), dy)
+
+            times["bf16"] += milliseconds(bf16)
+            for recipe in RECIPES[:2]:
+
+                def quantised(x: Tensor = x, w: Tensor = w, dy: Tensor = dy, recipe: Recipe = recipe) -> object:
+                    prepared = prepare_experts(w, recipe, "propagate")
+                    y = expert_linear(x, w, prepared, sizes, recipe, seed=1, nonfinite="propagate")
+                    return torch.autograd.grad(y, (x, w), dy)
+
+                times[recipe.name] = times.get(recipe.name, 0.0) + milliseconds(quantised)
+        for name, elapsed in times.items():
+            yield _row(ceilings, f"{model} forward and backward, {name}", elapsed, work, times["bf16"], None)
