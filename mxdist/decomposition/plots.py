@@ -63,7 +63,7 @@ def html_text(report: Report) -> str:
         (
             "Effect of each correction",
             "NMSE by kind of tensor. Diamonds: deadzone and grid alone, which a quantiser with ideal real-valued "
-            "scales, one per block, would leave; only a second term, the fallback, gets below.",
+            "scales, one per block, would leave. The fallback, a second term, gets below.",
             effect_of_corrections(report),
         ),
     )
