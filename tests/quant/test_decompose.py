@@ -147,6 +147,15 @@ def test_streaming_sums_agree_with_the_exact_parts(x: Tensor, operand: Operand) 
     assert sums.zeroed == int(((values == 0) & (x != 0)).sum())
 
 
+def test_zeros_of_the_tensor_itself_count_neither_as_dead_nor_as_zeroed() -> None:
+    x = sample("gaussian")[:64].clone()
+    x[:, ::7] = 0.0
+    sums, exact = measure(x, Operand()), components(x, Operand())
+    assert sums.dead == (exact.deadzone != 0).sum()
+    assert sums.zeroed == ((fake_quantise(x, Operand()) == 0) & (x != 0)).sum()
+    assert 0 < sums.dead < sums.zeroed
+
+
 @pytest.mark.parametrize(
     ("operand", "arguments"),
     [

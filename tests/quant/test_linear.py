@@ -186,6 +186,11 @@ def test_random_gradients_do_not_depend_on_how_a_linear_is_sharded(axis: str) ->
     assert torch.allclose(weight.grad, whole, rtol=1e-5, atol=1e-5)
 
 
+def test_the_operands_of_a_linear_have_streams_of_their_own() -> None:
+    names = ("x_fwd", "dy_dgrad", "dy_wgrad", "x_wgrad")
+    assert len({Shard().draw(name, 9).stream for name in names}) == 4
+
+
 def test_frozen_values_reach_the_forward_operand() -> None:
     x, weight, _, _ = case()
     mean = torch.full((160,), 3.0)

@@ -130,6 +130,18 @@ def test_stochastic_rounding_does_not_depend_on_tiling_or_sharding() -> None:
     right = fake_quantise(x[:, 128:], STOCHASTIC, seed=Draw(11, column=128, columns=320))
     assert torch.equal(right, whole[:, 128:])
     assert not torch.equal(fake_quantise(x, STOCHASTIC, seed=12), whole)
+    large = gaussian(1300, 256)  # more than one chunk
+    tail = fake_quantise(large[1290:], STOCHASTIC, seed=Draw(11, row=1290))
+    assert torch.equal(fake_quantise(large, STOCHASTIC, seed=11)[1290:], tail)
+
+
+def test_the_residual_is_rounded_with_numbers_of_its_own() -> None:
+    """With the first term's numbers the second would depend on the first one's outcome and be biased."""
+    x = gaussian(4, 256)
+    operand = Operand(rounding="stochastic", fallback=Fallback(1.0))
+    draws = torch.stack([fake_quantise(x, operand, seed=s) for s in range(400)]).double()
+    bias = (draws.mean(0) - x).square().mean()
+    assert bias < 1.5 * draws.var(0).mean() / 400
 
 
 def test_random_operands_ask_for_a_seed() -> None:

@@ -111,6 +111,21 @@ def test_searched_factors_are_the_best_of_sixteen() -> None:
     assert torch.equal(q.macro, (torch.stack(errors).argmin(0) * 16).to(torch.uint8))
 
 
+def test_the_first_of_equally_good_factors_wins() -> None:
+    x = torch.zeros(1, 128)
+    x[0, 0] = 4.0  # exact with f = 1, and with f = 1.5
+    assert quantise(x, Operand(macro=Macro(method="search", bits=4))).macro.item() == 0
+
+
+@pytest.mark.parametrize("method", ["static", "search"])
+def test_macro_blocks_near_the_end_of_float32_keep_the_factor_one(method: str) -> None:
+    x = torch.full((1, 128), 2.0**127)
+    x[0, 1] = 1.6 * 2.0**127  # times the factor it would get it is infinite
+    operand = Operand(macro=Macro(method=method, bits=4))
+    assert quantise(x, operand).macro.item() == 0
+    assert torch.equal(fake_quantise(x, operand), fake_quantise(x, Operand()))
+
+
 def test_the_fallback_adds_alpha_times_the_quantised_residual() -> None:
     x = torch.randn(16, 320, generator=torch.Generator().manual_seed(1))
     first = fake_quantise(x, Operand())
