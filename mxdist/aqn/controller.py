@@ -30,6 +30,11 @@ class AqnController:
         self._held = 0.0  # entropy_band: the sigma in force; 0 until the entropy first leaves the band downwards
         self._observed = -1  # last step whose entropy moved it
 
+    @property
+    def total_steps(self) -> int:
+        """The steps that the stages divide; what was given at the run's first start."""
+        return self._total_steps
+
     def sigma(self, step: int) -> float:
         """Standard deviation of the noise of rollout ``step``; 0 when there is none."""
         stage = self._stage(step)

@@ -183,8 +183,8 @@ class OptimizerConfig(Section):
 
     lr: PositiveFloat = 1e-6
     warmup_steps: int = Field(0, ge=0, description="Linear warm-up of the learning rate, then constant.")
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
     eps: PositiveFloat = 1e-8
     weight_decay: float = Field(0.0, ge=0)
     clip_grad: PositiveFloat = Field(1.0, description="Largest global norm of the gradient.")
@@ -238,6 +238,7 @@ class LogConfig(Section):
     """Loggers beside metrics.jsonl."""
 
     tensorboard: bool = False
+    rollout_groups: int = Field(2, ge=0, description="Groups of each step written to rollouts/step_N.jsonl.")
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "mxdist"
 

@@ -1,5 +1,6 @@
 """What the commands do: prepare everything that can fail cheaply, start the processes, run, and always stop them."""
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import ray
 
 from mxdist.aqn.controller import AqnController
 from mxdist.config import Config, load_config
-from mxdist.control.checkpoints import CheckpointStore
+from mxdist.control.checkpoints import CheckpointStore, ControllerState
 from mxdist.control.collect import Collector, RewardPool
 from mxdist.control.groups import LearnerGroup, RolloutPool
 from mxdist.control.loop import Trainer, greedy_accuracy, in_words
@@ -22,6 +23,7 @@ from mxdist.model.shape import ModelShape
 from mxdist.observe.console import Console
 from mxdist.observe.loggers import Loggers
 from mxdist.observe.module_names import compact_names
+from mxdist.observe.rollout_files import RolloutFiles
 from mxdist.observe.run_directory import RunDirectory
 from mxdist.quant.recipe import get_recipe
 from mxdist.sync.parity import compare_modules
@@ -36,28 +38,34 @@ def train(config: Config) -> None:
     task = make_task(config)
     with RunDirectory.create(config) as run_dir:
         task.tokenizer.save(run_dir.path / TOKENIZER)
-        _train(config, task, run_dir, fresh=True)
+        try:
+            _train(config, task, run_dir, None)
+        except UserError:
+            if not CheckpointStore(run_dir.path).steps():  # nothing is lost, and the mended command can be repeated
+                run_dir.discard()
+            raise
 
 
 def resume(run_path: Path, overrides: list[str]) -> None:
     """Go on from the newest complete checkpoint of a run, with settings changed if asked."""
     with RunDirectory.open(run_path) as run_dir:
         config = load_config(run_dir.config_path, overrides)
-        task = make_task(config, run_dir.path / TOKENIZER)
-        step = CheckpointStore(run_dir.path).newest()[0].step
-        if step >= config.run.steps:
+        _require_same_run(load_config(run_dir.config_path), config)
+        state, learner_folder = CheckpointStore(run_dir.path).newest()
+        if state.step >= config.run.steps:
             raise UserError(
-                f"{run_path} has reached step {step} of run.steps={config.run.steps}; add run.steps=N with a larger N"
+                f"{run_path} has reached step {state.step} of run.steps={config.run.steps}; "
+                f"add run.steps=N with a larger N"
             )
-        _train(config, task, run_dir, fresh=False)
+        _train(config, make_task(config, run_dir.path / TOKENIZER), run_dir, (state, learner_folder))
 
 
 def evaluate(run_path: Path, overrides: list[str]) -> dict[str, float]:
     """Greedy accuracy of the newest checkpoint on the held-out problems, with quantised and with BF16 weights."""
     with RunDirectory.open(run_path) as run_dir:
         config = load_config(run_dir.config_path, overrides)
-        task = make_task(config, run_dir.path / TOKENIZER)
         state, learner_folder = CheckpointStore(run_dir.path).newest()
+        task = make_task(config, run_dir.path / TOKENIZER)
         problems = len(task.eval_prompts())
         accuracies: dict[str, float] = {}
         with Console(run_dir.path) as console:
@@ -67,27 +75,37 @@ def evaluate(run_path: Path, overrides: list[str]) -> dict[str, float]:
                     system.learners.load(learner_folder)
                     sync = WeightSync(system.learners, system.pool, variant)
                     sync.push(state.step)
-                    sync.check()
+                    sync.check_all()
                     accuracies[recipe] = greedy_accuracy(variant, task, system.pool, system.rewards)
                 console.note(f"step {state.step}, recipe {recipe}: {in_words(accuracies[recipe], problems)}")
         return accuracies
 
 
-def _train(config: Config, task: Task, run_dir: RunDirectory, fresh: bool) -> None:
-    aqn = AqnController(config.aqn, config.run.steps)
-    store = CheckpointStore(run_dir.path)
-    first_step, cursor = 0, Cursor()
-    if not fresh:
-        state, learner_folder = store.newest()
-        first_step, cursor = state.step, Cursor.restore(state.cursor)
+def _require_same_run(saved: Config, config: Config) -> None:
+    """Refuse what would make another run of it rather than continue it."""
+    for key in ("seed", "dir"):
+        before, after = getattr(saved.run, key), getattr(config.run, key)
+        if before != after:
+            raise UserError(
+                f"run.{key}={after} cannot be set on a run that goes on (it began with {before}); "
+                f"leave it out, or start a new run with 'mxdist train'"
+            )
+
+
+def _train(config: Config, task: Task, run_dir: RunDirectory, checkpoint: tuple[ControllerState, Path] | None) -> None:
+    """Train to the end, from the start or from a checkpoint."""
+    state = checkpoint[0] if checkpoint else None
+    first_step = state.step if state else 0
+    aqn = AqnController(config.aqn, state.aqn_steps if state else config.run.steps)
+    if state:
         aqn.restore(state.aqn)
     with (
         Console(run_dir.path, config.run.steps) as console,
-        Loggers(run_dir.path, config, resume_step=None if fresh else first_step) as loggers,
+        Loggers(run_dir.path, config, resume_step=first_step if state else None) as loggers,
         running(config, task, run_dir.path, console) as system,
     ):
-        if not fresh:
-            system.learners.load(learner_folder)
+        if checkpoint:
+            system.learners.load(checkpoint[1])
             run_dir.save_config(config)  # only now is it known that the settings fit the checkpoint
             console.note(f"resumed from step {first_step}")
         trainer = Trainer(
@@ -98,13 +116,23 @@ def _train(config: Config, task: Task, run_dir: RunDirectory, fresh: bool) -> No
             pool=system.pool,
             rewards=system.rewards,
             sync=WeightSync(system.learners, system.pool, config),
-            collector=Collector(config, task, system.pool, system.rewards, aqn, cursor, first_step),
+            collector=Collector(
+                config,
+                task,
+                system.pool,
+                system.rewards,
+                aqn,
+                Cursor.restore(state.cursor) if state else Cursor(),
+                first_step,
+                deque(Cursor.restore(cursor) for cursor in state.ahead) if state else deque(),
+            ),
             aqn=aqn,
-            checkpoints=store,
+            checkpoints=CheckpointStore(run_dir.path),
             loggers=loggers,
+            rollouts=RolloutFiles(run_dir.path, config.log.rollout_groups, task.tokenizer),
             console=console,
         )
-        trainer.run(first_step, fresh)
+        trainer.run(first_step, fresh=checkpoint is None)
         console.finished(run_dir.path)
 
 
@@ -156,4 +184,7 @@ def _agree_on_modules(
             f"rollout worker {index}: {len(theirs)} linears in {config.recipe}: {compact_names(theirs)}", full=theirs
         )
         compare_modules(ours, theirs, quantises)
+    memory = [f"learner rank {report.rank} {report.resident_mib:.0f} MiB" for report in learners]
+    memory += [f"rollout worker {index} {report.resident_mib:.0f} MiB" for index, report in enumerate(engines)]
+    console.note(f"resident memory: {', '.join(memory)}")
     console.note(f"noise goes to {len(engines[0].noise_modules)} norms: {compact_names(engines[0].noise_modules)}")

@@ -19,8 +19,10 @@ class ControllerState:
     """What the controller needs to go on after ``step`` updates; the learner's part lies beside it."""
 
     step: int
-    cursor: dict[str, int]
+    cursor: dict[str, int]  # where new prompts are drawn from
+    ahead: list[dict[str, int]]  # where those of the batches sampled ahead were drawn from, to be sampled again
     aqn: dict[str, float | int]
+    aqn_steps: int  # the steps that the noise schedule was made for
     recipe: str
     mxdist_version: str
 
@@ -42,10 +44,13 @@ class CheckpointStore:
             json.dump(asdict(state), stream, indent=1)
             stream.flush()
             os.fsync(stream.fileno())
-        if final.exists():  # a resumed run passes steps whose checkpoint a newer layout or seed may have changed
-            shutil.rmtree(final)
         os.rename(partial, final)
         return final
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        names = (re.fullmatch(r"step_(\d+)", path.name) for path in self._folder.glob("step_*"))
+        return sorted(int(name[1]) for name in names if name)
 
     def newest(self) -> tuple[ControllerState, Path]:
         """State and learner folder of the newest complete checkpoint.
@@ -53,9 +58,7 @@ class CheckpointStore:
         Raises:
             UserError: there is none.
         """
-        steps = [
-            int(match[1]) for path in self._folder.glob("step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))
-        ]
+        steps = self.steps()
         if not steps:
             raise UserError(
                 f"{self._folder} holds no complete checkpoint; start again with 'mxdist train' and another run.dir"

@@ -86,6 +86,7 @@ class Collector:
     aqn: AqnController
     cursor: Cursor
     first_step: int = 0
+    again: deque[Cursor] = field(default_factory=deque)  # of batches that an earlier process had sampled ahead
     _ahead: deque[_Submitted] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
@@ -122,14 +123,16 @@ class Collector:
             without_signal=sum(not group.has_signal for group in scored),
         )
 
-    def resume_cursor(self) -> Cursor:
-        """The data position from which a resumed run draws the same prompts again: those sampled ahead included."""
-        return self._ahead[0].cursor_before if self._ahead else self.cursor
+    def cursors_ahead(self) -> list[Cursor]:
+        """Where the prompts of the batches not yet handed out were drawn from, for ``again`` of a resumed run."""
+        return [*(batch.cursor_before for batch in self._ahead), *self.again]
 
     def _submit(self, step: int, extra: int) -> _Submitted:
         config, run_seed = self.config, self.config.run.seed
-        before = self.cursor
-        prompts, self.cursor = self.task.draw(before, config.algorithm.prompts_per_step)
+        before = self.again.popleft() if self.again and not extra else self.cursor
+        prompts, after = self.task.draw(before, config.algorithm.prompts_per_step)
+        if before is self.cursor:
+            self.cursor = after
         noise = self.aqn.noise(step, run_seed)
         sampling = SamplingSettings(
             samples_per_prompt=config.algorithm.samples_per_prompt,

@@ -9,7 +9,7 @@ the check of the last weight sync. With ``max_lag`` k it has k batches being sam
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from mxdist.messages import EntropyStatistics, Noise, SamplingSettings, UpdateRe
 from mxdist.model.shape import ModelShape
 from mxdist.observe.console import Console
 from mxdist.observe.loggers import Loggers
+from mxdist.observe.rollout_files import RolloutFiles
 from mxdist.seeds import derive_seed
 from mxdist.tasks.base import Task
 
@@ -49,10 +50,9 @@ class Trainer:
     aqn: AqnController
     checkpoints: CheckpointStore
     loggers: Loggers
+    rollouts: RolloutFiles
     console: Console
-
-    def __post_init__(self) -> None:
-        self._seconds: dict[str, float] = {}
+    _seconds: dict[str, float] = field(default_factory=dict)  # by phase, of the step under way
 
     def run(self, first_step: int, fresh: bool) -> None:
         """Train from ``first_step``. ``fresh`` is False when a checkpoint was loaded."""
@@ -60,37 +60,39 @@ class Trainer:
         if fresh:
             self._warm_start()
         self.sync.push(first_step)
-        metrics = self.sync.check()
+        metrics = self.sync.check_all()
         if fresh:
             self.loggers.log(0, metrics | self._evaluate(0))
             self._checkpoint(0)
         for step in range(first_step, run.steps):
-            self._seconds = {}
             metrics = self._train_step(step)
             done = step + 1
             last = done == run.steps
             if last or (run.eval_every and done % run.eval_every == 0):
                 metrics |= self._evaluate(done)
-            if last or (run.checkpoint_every and done % run.checkpoint_every == 0):
-                self._checkpoint(done)
             metrics |= {f"timing_s/{name}": seconds for name, seconds in self._seconds.items()}
             self.loggers.log(done, metrics)
             self.console.step(done, metrics)
-        self.sync.check()
+            self.rollouts.write(done, self._collected.scored)
+            self._seconds = {}  # a checkpoint's seconds stand in the next step's line
+            # After its line in the log: a run that resumes from here will not write that line again.
+            if last or (run.checkpoint_every and done % run.checkpoint_every == 0):
+                self._checkpoint(done)
 
     def _train_step(self, step: int) -> dict[str, float]:
         """One optimizer step (or ``algorithm.minibatches`` of them) on one batch of groups."""
         config, started = self.config, time.monotonic()
+        self.console.working(f"sampling for step {step + 1}")
         with self._timed("rollout"):
             self.collector.submit_through(min(step + config.rollout.max_lag, config.run.steps - 1))
-            collected = self.collector.collect(step)
+            self._collected = collected = self.collector.collect(step)
+        self.console.working(f"learning from step {step + 1}")
         with self._timed("update"):
             reports = self._update(step, collected)
         with self._timed("sync"):
-            sync_metrics = self.sync.check()
             self.sync.push(step + 1)
-            if config.rollout.max_lag == 0:
-                sync_metrics = self.sync.check()
+            # The newest push that no batch under way stands before; with max_lag 0 the one just made.
+            sync_metrics = self.sync.check_through(step + 1 - config.rollout.max_lag)
         entropy = sum((report.entropy for report in reports), EntropyStatistics())
         self.aqn.observe(step, entropy)
         seconds = self._seconds["step"] = time.monotonic() - started
@@ -130,17 +132,23 @@ class Trainer:
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Greedy accuracy on the held-out problems, with the quantised weights and no noise."""
+        self.console.working("evaluating")
         with self._timed("eval"):
+            self.sync.check_all()
             accuracy = greedy_accuracy(self.config, self.task, self.pool, self.rewards)
         self.console.note(f"step {step}: {in_words(accuracy, len(self.task.eval_prompts()))}")
         return {"eval/accuracy": accuracy}
 
     def _checkpoint(self, step: int) -> None:
+        self.console.working("writing a checkpoint")
         with self._timed("checkpoint"):
+            self.sync.check_all()
             state = ControllerState(
                 step=step,
-                cursor=self.collector.resume_cursor().state(),
+                cursor=self.collector.cursor.state(),
+                ahead=[cursor.state() for cursor in self.collector.cursors_ahead()],
                 aqn=self.aqn.state(),
+                aqn_steps=self.aqn.total_steps,
                 recipe=self.config.recipe,
                 mxdist_version=__version__,
             )

@@ -64,7 +64,7 @@ class WorkerProcess:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((host, wanted_port))
+                probe.bind(("", wanted_port))  # as torch will, on every interface
             except OSError:
                 return None
             return f"tcp://{host}:{probe.getsockname()[1]}"
@@ -135,12 +135,12 @@ def start_ray(config: Config) -> None:
         )
     else:
         _join_cluster(config.cluster.address, common)
-    have = ray.cluster_resources()
+    have = ray.available_resources()
     for kind, wanted in (("CPU", cpus_wanted(config)), ("GPU", gpus_wanted(config))):
         if wanted > have.get(kind, 0) + 1e-6:
             ray.shutdown()
             raise UserError(
-                f"the layout asks for {wanted:g} {kind}s but Ray has {have.get(kind, 0):g}; lower learner.ranks, "
+                f"the layout asks for {wanted:g} {kind}s but Ray has {have.get(kind, 0):g} free; lower learner.ranks, "
                 f"rollout.workers or their {kind.lower()}s, or add nodes"
             )
 

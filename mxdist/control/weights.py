@@ -1,6 +1,7 @@
 """Weight sync seen from the controller: push a version to every engine, then hold both sides' checksums together."""
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,39 +22,48 @@ class _Push:
 
 
 class WeightSync:
-    """Pushes are checked before the next one, and at once when training is synchronous."""
+    """Pushes weights and checks every push. With ``rollout.max_lag`` k an engine first finishes the batches that were
+    submitted before a push, so up to k pushes are open at a time."""
 
     def __init__(self, learners: LearnerGroup, pool: RolloutPool, config: Config) -> None:
         self._learners = learners
         self._pool = pool
-        self._deadline = config.deadlines.sync
-        self._open: _Push | None = None
+        self._deadlines = config.deadlines
+        self._max_lag = config.rollout.max_lag
+        self._open: deque[_Push] = deque()
 
     def push(self, version: int) -> None:
         """Start the sync of ``version``. Engines take it when they have finished what was submitted before."""
-        self.check()
         started = time.monotonic()
         payloads = self._learners.export(version)
         loads = self._pool.load_weights([call.ref for call in payloads], version)
-        self._open = _Push(version, payloads, loads, started)
+        self._open.append(_Push(version, payloads, loads, started))
 
-    def check(self) -> dict[str, float]:
-        """Wait for the open push and compare checksums; the metrics of that sync, empty when none was open.
+    def check_through(self, version: int) -> dict[str, float]:
+        """Wait for every open push up to ``version`` and compare checksums; the metrics of the last of them.
 
         Raises:
             ParityError: an engine holds other bytes than the learner computes with.
         """
-        if self._open is None:
-            return {}
-        push, self._open = self._open, None
-        payloads: Sequence[WeightPayload] = wait_for(push.payloads, self._deadline, "sync")
+        metrics: dict[str, float] = {}
+        while self._open and self._open[0].version <= version:
+            metrics = self._check(self._open.popleft())
+        return metrics
+
+    def check_all(self) -> dict[str, float]:
+        """Wait for and compare every open push, after the batches that the engines have to finish first."""
+        return self.check_through(self._open[-1].version) if self._open else {}
+
+    def _check(self, push: _Push) -> dict[str, float]:
+        payloads: Sequence[WeightPayload] = wait_for(push.payloads, self._deadlines.sync, "sync")
         expected = learner_checksums(payloads)
-        for found in wait_for(push.loads, self._deadline, "sync"):
+        # Behind batches that are still being sampled, the wait is theirs as well.
+        patience = self._deadlines.sync + self._max_lag * self._deadlines.rollout
+        for found in wait_for(push.loads, patience, "sync"):
             compare_checksums(expected, found)
-        seconds = time.monotonic() - push.started
         return {
             "sync/bytes": float(sum(payload.nbytes for payload in payloads)),
-            "sync/seconds": seconds,
+            "sync/seconds": time.monotonic() - push.started,
             "sync/version": float(push.version),
             "parity/mismatched_codes": 0.0,  # a difference has raised above
         }

@@ -1,17 +1,16 @@
-"""The weights that one rank contributes to a new policy version: packed MXFP4 where quantised, float32 elsewhere."""
+"""The weights that one rank contributes to a new policy version: packed MXFP4 where quantised, plain elsewhere."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-import numpy as np
-import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from mxdist.messages import TensorEntry, WeightPayload
 from mxdist.model.shape import ModelShape
 from mxdist.model.weights import HfTensor, hf_tensors
-from mxdist.quant.checksum import checksum
 from mxdist.quant.recipe import Recipe
+from mxdist.sync.payload import dense_entry, mx_entry
 
 
 def export(model: GPTModel, shape: ModelShape, recipe: Recipe, version: int) -> WeightPayload:
@@ -30,16 +29,9 @@ def _owned(model: GPTModel, shape: ModelShape) -> Iterator[HfTensor]:
 
 
 def _entry(tensor: HfTensor) -> TensorEntry:
+    """What is sent is a copy: the next optimizer step must not change it on its way."""
     if tensor.module is None:
-        values = tensor.read().float().cpu()
-        return TensorEntry(tensor.name, "dense", tensor.shape, {"values": _array(values)}, {"values": checksum(values)})
-    quantised = tensor.quantised()
-    parts = {name: part.cpu() for name, part in quantised.parts().items()}
-    checksums = {name: checksum(part) for name, part in parts.items()}
-    checksums["values"] = checksum(quantised.dequantise(torch.float32))
-    return TensorEntry(tensor.name, "mx", tensor.shape, {name: _array(part) for name, part in parts.items()}, checksums)
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    """A copy: the next optimizer step must not change what was sent."""
-    return np.array(tensor.numpy(), copy=True)
+        return dense_entry(tensor.name, tensor.read().to("cpu", copy=True))
+    packed, values = tensor.quantised()
+    entry = mx_entry(tensor.name, packed, values)
+    return replace(entry, parts={name: part.copy() for name, part in entry.parts.items()})

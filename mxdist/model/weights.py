@@ -49,11 +49,12 @@ class HfTensor:
             self.parameter[part].copy_(values[start:stop])
             start = stop
 
-    def quantised(self) -> MXTensor:
-        """The packed rows of the quantised weight that the forward pass uses."""
+    def quantised(self) -> tuple[MXTensor, Tensor]:
+        """The rows of the quantised weight: packed, and the very values that the forward pass multiplies."""
         assert self.module is not None
-        parts = [self.module.quantised()[part] for part in self.rows]
-        return parts[0] if len(parts) == 1 else cat_rows(parts)
+        packed, values = self.module.quantised(), self.module.quantised_values()
+        assert values is not None
+        return cat_rows([packed[part] for part in self.rows]), torch.cat([values[part] for part in self.rows])
 
 
 def hf_tensors(model: GPTModel, shape: ModelShape) -> Iterator[HfTensor]:

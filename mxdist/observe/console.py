@@ -66,6 +66,10 @@ class Console:
         for item in full:
             self._record(f"  {item}")
 
+    def working(self, text: str) -> None:
+        """What is under way within a step. Only a terminal's bar shows it."""
+        self._show_bar(text, None, 0)
+
     def warm_start(self, step: int, steps: int, loss: float) -> None:
         """Supervised step ``step`` of ``steps`` is done."""
         self._ended_step("warm start")

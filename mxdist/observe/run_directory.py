@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -77,6 +78,11 @@ class RunDirectory:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, self.config_path)
+
+    def discard(self) -> None:
+        """Remove the directory and all that this process has written into it."""
+        shutil.rmtree(self.path)
+        self.release()
 
     def release(self) -> None:
         """Give the directory up. Does nothing the second time."""

@@ -9,7 +9,7 @@ from mxdist.errors import UserError
 
 
 def state(step: int) -> ControllerState:
-    return ControllerState(step, {"epoch": 0, "position": step}, {"sigma": 0.0}, "mxfp4", "0.1.0")
+    return ControllerState(step, {"epoch": 0, "position": step}, [], {"sigma": 0.0}, 10, "mxfp4", "0.1.0")
 
 
 def test_the_newest_checkpoint_comes_back_as_it_was_written(tmp_path: Path) -> None:

@@ -57,6 +57,23 @@ def test_a_killed_process_is_named(sleeper: Process) -> None:
         wait_for([sleeper.call("last act", "die")], 30, "update")
 
 
+def test_the_process_that_died_is_named_and_not_the_one_that_noticed(sleeper: Process) -> None:
+    gone = Process("learner rank 8", 0.1, 0)
+    wait_for([gone.construct("tests.control.sleeper:Sleeper")], 60, "start")
+    noticed = sleeper.call("work", "fail", "bug")  # as a rank does whose peer closed the connection
+    with pytest.raises(RunStopped, match="learner rank 8 died during the work"):
+        wait_for([noticed, gone.call("work", "die")], 30, "update")
+
+
+def test_all_processes_that_are_late_are_named(sleeper: Process) -> None:
+    other = Process("learner rank 8", 0.1, 0)
+    wait_for([other.construct("tests.control.sleeper:Sleeper")], 60, "start")
+    pending = [process.call("long nap", "sleep", 3) for process in (sleeper, other)]
+    with pytest.raises(DeadlineExceeded, match=r"learner rank 7 .*nor did learner rank 8"):
+        wait_for(pending, 0.3, "rollout")
+    other.kill()
+
+
 def test_references_in_a_list_reach_the_worker_as_values(sleeper: Process) -> None:
     references = [ray.put(value) for value in (1, 2, 3)]
     assert wait_for([sleeper.call_with_list("sum", "add", references)], 30, "sync") == [6]
@@ -76,7 +93,7 @@ def test_a_layout_that_the_cluster_cannot_hold_is_refused_with_both_numbers() ->
     config = Config.model_validate({"rollout": {"gpus_per_worker": 1, "workers": 3}})
     ray.shutdown()
     try:
-        with pytest.raises(UserError, match="asks for 3 GPUs but Ray has 0"):
+        with pytest.raises(UserError, match="asks for 3 GPUs but Ray has 0 free"):
             start_ray(config)
     finally:
         start_ray(Config())

@@ -34,7 +34,16 @@ def test_both_lists_of_quantised_modules_are_printed(trained: Outcome) -> None:
 def test_the_run_directory_holds_everything(trained: Outcome, run_dir: Path) -> None:
     assert trained.code == 0
     found = {path.name for path in run_dir.iterdir()}
-    assert {"config.yaml", "metrics.jsonl", "log.txt", "checkpoints", "tokenizer", "tensorboard", "wandb"} <= found
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "log.txt",
+        "checkpoints",
+        "tokenizer",
+        "tensorboard",
+        "wandb",
+        "rollouts",
+    } <= found
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step_0", "step_2"}
     assert "model.layers.1.mlp.experts.7.up_proj" in (run_dir / "log.txt").read_text()
 
@@ -85,6 +94,13 @@ def test_a_finished_run_says_how_to_go_on(trained: Outcome, run_dir: Path) -> No
     assert outcome.code == 2
     assert "run.steps=N" in outcome.err
     assert len(outcome.err.splitlines()) == 1
+
+
+def test_settings_that_would_make_another_run_of_it_are_refused(trained: Outcome, run_dir: Path) -> None:
+    assert trained.code == 0
+    outcome = mxdist("resume", run_dir, "run.steps=3", "run.seed=5", cwd=run_dir.parent)
+    assert outcome.code == 2
+    assert "run.seed=5 cannot be set" in outcome.err
 
 
 def test_a_checkpoint_of_another_model_is_refused(trained: Outcome, run_dir: Path) -> None:

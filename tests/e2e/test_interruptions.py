@@ -56,6 +56,7 @@ def test_a_taken_port_is_found_and_named(tmp_path: Path) -> None:
         outcome = mxdist("train", QUICKSTART, f"run.dir={tmp_path / 'run'}", f"learner.port={port}", cwd=tmp_path)
     assert outcome.code == 2
     assert f"learner.port={port} is taken" in outcome.err
+    assert not (tmp_path / "run").exists()  # so that the mended command can be repeated
     assert len(outcome.err.splitlines()) == 1
 
 

@@ -1,6 +1,7 @@
 """The loop with every real process, started once for all of these: algorithms, asynchrony, sync, parity."""
 
 import json
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from mxdist.errors import ParityError
 from mxdist.messages import WeightPayload
 from mxdist.observe.console import Console
 from mxdist.observe.loggers import Loggers
+from mxdist.observe.rollout_files import RolloutFiles
 from mxdist.sync.parity import compare_checksums
 from mxdist.sync.payload import learner_checksums
 from mxdist.tasks.base import Cursor, Task
@@ -63,6 +65,7 @@ def train(up: Up, tmp_path: Path, *settings: str, fresh: bool = False) -> list[d
             aqn=aqn,
             checkpoints=CheckpointStore(tmp_path),
             loggers=loggers,
+            rollouts=RolloutFiles(tmp_path, 1, up.task.tokenizer),
             console=console,
         )
         trainer.run(0, fresh)
@@ -106,6 +109,29 @@ def test_the_entropy_band_sets_sigma_from_what_the_learner_reports(up: Up, tmp_p
     sigmas = [step["aqn/sigma"] for step in train(up, tmp_path, *band, "run.steps=6")]
     assert sigmas[:4] == [0, 0, 0, 0]  # half the run is silent, and the first step after it has seen nothing yet
     assert sigmas[4:] == pytest.approx([0.001, 0.00125])
+
+
+def test_a_resumed_run_samples_what_was_ahead_again_and_no_prompt_twice(up: Up) -> None:
+    settings = ["algorithm.name=dapo", "algorithm.max_extra_batches=1", "rollout.max_new_tokens=1"]
+    config = load_config(QUICKSTART, [*SHORT, *settings, "run.steps=4"])
+
+    def collector(cursor: Cursor, step: int, again: list[Cursor]) -> Collector:
+        aqn, system = AqnController(config.aqn, 4), up.system
+        return Collector(config, up.task, system.pool, system.rewards, aqn, cursor, step, deque(again))
+
+    def keys(collector: Collector, step: int) -> list[str]:
+        return [group.group.prompt.key for group in collector.collect(step).scored]
+
+    killed = collector(Cursor(), 0, [])
+    killed.submit_through(1)
+    drawn = keys(killed, 0)  # and an extra batch, drawn behind the batch ahead
+    assert killed.cursor.position == 3 * 8
+    resumed = collector(killed.cursor, 1, killed.cursors_ahead())
+    resumed.submit_through(2)
+    again = keys(resumed, 1)
+    assert again == keys(killed, 1)
+    assert not set(drawn) & set(again)
+    assert not set(drawn + again) & set(keys(resumed, 2))
 
 
 def test_one_flipped_bit_on_the_way_is_named_and_stops_the_run(up: Up) -> None:

@@ -250,11 +250,11 @@ def test_training_continues_bit_for_bit_from_a_checkpoint(dtype: str, ranks: Ran
     model = MOE.model_copy(update={"dtype": dtype})
     with ranks.learners(model, "mxfp4_mbs_of", 2) as learners:
         train(learners, range(2))
-        learners.call("save", tmp_path, {"step": 2})
+        learners.call("save", tmp_path)
         uninterrupted = train(learners, range(2, 5))
         weights = [entry.checksums for payload in learners.call("export", 5) for entry in payload.entries]
     with ranks.learners(model, "mxfp4_mbs_of", 2, run={"seed": 1}) as learners:
-        assert learners.call("load", tmp_path) == [{"step": 2}, {"step": 2}]
+        learners.call("load", tmp_path)
         assert train(learners, range(2, 5)) == uninterrupted
         assert [entry.checksums for payload in learners.call("export", 5) for entry in payload.entries] == weights
 
