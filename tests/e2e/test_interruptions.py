@@ -17,7 +17,14 @@ from tests.e2e.command import QUICKSTART, SHORT, mxdist
 def start(run_dir: Path, *settings: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-u", "-m", "mxdist", "train", str(QUICKSTART), f"run.dir={run_dir}", *SHORT, *settings]
     return subprocess.Popen(
-        command, cwd=run_dir.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=run_dir.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # A test run in the background of a script ignores interrupts, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
