@@ -12,6 +12,19 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 PositiveSeconds = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
+RecipeName = Literal[
+    "bf16",
+    "mxfp4",
+    "mxfp4_mbs",
+    "mxfp4_of",
+    "mxfp4_mbs_of",
+    "mxfp4_g4",
+    "mxfp4_mbs_g4",
+    "mxfp4_of_g4",
+    "mxfp4_mbs_of_g4",
+]
+"""The presets of mxdist/quant/recipe.py, which says what each does; _g4 quantises gradients as well."""
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -262,7 +275,7 @@ class DeadlineConfig(Section):
 class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
-    recipe: Literal["bf16", "mxfp4", "mxfp4_mbs", "mxfp4_of", "mxfp4_mbs_of"] = "mxfp4_mbs_of"
+    recipe: RecipeName = "mxfp4_mbs_of"
     data: DataConfig = ArithmeticData()
     warm_start: WarmStartConfig = WarmStartConfig()
     algorithm: AlgorithmConfig = Grpo()

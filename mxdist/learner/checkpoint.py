@@ -27,7 +27,7 @@ SHARDING = "fully_reshardable"
 
 def save(directory: Path, policy: Policy, shape: ModelShape) -> None:
     """Write into the existing, empty ``directory``; every rank must call it."""
-    state = {**_sharded_state(policy, is_loading=False), "step": _optimizer_step(policy)}
+    state = {**_sharded_state(policy, is_loading=False), "step": policy.updates}
     strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _data_parallel_group())
     dist_checkpointing.save(state, str(directory), strategy)
     if torch.distributed.get_rank() == 0:
@@ -83,10 +83,6 @@ def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
             for index, part in enumerate(parts)
         },
     }
-
-
-def _optimizer_step(policy: Policy) -> int:
-    return max(int(group.get("step", 0)) for group in policy.optimizer.param_groups)
 
 
 def _data_parallel_group() -> torch.distributed.ProcessGroup:

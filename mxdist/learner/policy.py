@@ -28,6 +28,7 @@ from mxdist.errors import RunStopped
 from mxdist.learner.losses import LossInputs, LossOutput, Objective
 from mxdist.learner.scoring import token_scores
 from mxdist.messages import EntropyStatistics, Mean, TrainBatch
+from mxdist.model.draws import GradientDraws
 from mxdist.model.quantised_weight import forget_before_step, requantise
 
 
@@ -44,8 +45,9 @@ class Scored:
 class Policy:
     """``model`` with its gradients and its optimizer state; the model's weights must be set already."""
 
-    def __init__(self, model: GPTModel, settings: AdamSettings) -> None:
+    def __init__(self, model: GPTModel, settings: AdamSettings, draws: GradientDraws) -> None:
         self.model = model
+        self._draws = draws
         model.config.finalize_model_grads_func = _sum_gradients
         self._ddp = DistributedDataParallel(
             model.config,
@@ -76,6 +78,11 @@ class Policy:
             forget_before_step(model, part.optimizer)
             part.init_state_fn(part.optimizer)  # a checkpoint may be asked for before the first step
         requantise(model)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates made so far; a checkpoint carries the count on."""
+        return max(int(group.get("step", 0)) for group in self.optimizer.param_groups)
 
     def score(self, batches: Sequence[TrainBatch]) -> list[Scored]:
         """Forward only."""
@@ -118,8 +125,11 @@ class Policy:
         loss: Callable[[TrainBatch, Tensor], LossOutput] | None,
         forward_only: bool,
     ) -> list[Scored]:
+        update = self.updates
+
         def forward_step(data: Any, model: torch.nn.Module) -> tuple[Tensor, Callable]:
-            batch: TrainBatch = next(data)
+            index, batch = next(data)
+            self._draws.move_to(update, index)
             tokens = torch.from_numpy(batch.tokens).to(self._device)
             positions = torch.arange(tokens.shape[1], device=self._device).expand_as(tokens)
             # No mask: attention is causal and the padding is on the right.
@@ -137,7 +147,7 @@ class Policy:
         rows, length = batches[0].tokens.shape
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
+            data_iterator=enumerate(batches),
             model=[self._ddp],
             num_microbatches=len(batches),
             seq_length=length,

@@ -44,8 +44,9 @@ class LearnerWorker:
         megatron_cpu.install()
         from mxdist.learner import parallel
         from mxdist.learner.policy import Policy
+        from mxdist.model.draws import GradientDraws
         from mxdist.model.gpt import build_gpt
-        from mxdist.model.weights import initialise, quantised_modules
+        from mxdist.model.weights import initialise, name_linears, quantised_modules
 
         config = self.config
         if not torch.cuda.is_available():
@@ -59,8 +60,10 @@ class LearnerWorker:
             config.deadlines.update,
         )
         model = build_gpt(self.shape, self.recipe, config.learner.expert_parallel)
+        draws = GradientDraws(config.run.seed, self.rank)
+        name_linears(model, self.shape, draws)
         initialise(model, self.shape, config.run.seed)
-        self._policy = Policy(model, config.optimizer)
+        self._policy = Policy(model, config.optimizer, draws)
         return LearnerReport(
             rank=self.rank,
             quantised_modules=quantised_modules(model, self.shape),

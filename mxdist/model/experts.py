@@ -54,7 +54,8 @@ class MxExperts(SequentialMLP):
             if recipe is None:
                 outputs.append(F.linear(chunk, linear.weight))
             else:
-                outputs.append(mx_linear(chunk, linear.weight, linear.quantised_values(), recipe))
+                values, seed = linear.quantised_values(), linear.seed()
+                outputs.append(mx_linear(chunk, linear.weight, values, recipe, seed=seed, name=linear.name))
         return torch.cat(outputs)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from mxdist.model.draws import GradientDraws
 from mxdist.quant.recipe import Recipe
 from mxdist.quant.reference import quantise
 from mxdist.quant.tensor import MXTensor
@@ -18,7 +19,9 @@ class QuantisedWeight:
     """Mixed into a linear module that has a ``weight`` parameter [out, in]. ``recipe`` None: high precision."""
 
     weight: nn.Parameter
+    name = "linear"  # Hugging Face's, or the fused one of ``linear_names``
     recipe: Recipe | None = None
+    draws: GradientDraws | None = None
     _quantised: MXTensor | None = None
     _values: Tensor | None = None
     _made_from: tuple[int, int] | None = None
@@ -27,6 +30,14 @@ class QuantisedWeight:
     @property
     def quantises_weight(self) -> bool:
         return self.recipe is not None and self.recipe.w is not None
+
+    def seed(self) -> int | None:
+        """For the draws of the present micro-batch; None when the recipe takes none."""
+        if self.recipe is None or not self.recipe.needs_seed:
+            return None
+        if self.draws is None:
+            raise RuntimeError(f"recipe {self.recipe.name} draws random numbers, but {self.name} was given no seeds")
+        return self.draws.seed(self.name)
 
     def store(self, quantised: MXTensor, values: Tensor) -> None:
         """Take the quantised form of the present master weight.

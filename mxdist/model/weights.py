@@ -13,6 +13,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
+from mxdist.model.draws import GradientDraws
+from mxdist.model.linear_names import matrix_name
 from mxdist.model.quantised_weight import QuantisedWeight
 from mxdist.model.shape import ModelShape
 from mxdist.quant.tensor import MXTensor, cat_rows
@@ -26,8 +28,13 @@ class HfTensor:
     name: str
     parameter: nn.Parameter
     rows: tuple[slice, ...]  # of the parameter, in the order of the Hugging Face tensor
-    module: QuantisedWeight | None  # the linear that owns the parameter, when it is quantised
+    linear: QuantisedWeight | None  # of ours, that owns the parameter
     is_expert: bool
+
+    @property
+    def module(self) -> QuantisedWeight | None:
+        """The linear that owns the parameter, when its weight is quantised."""
+        return self.linear if self.linear is not None and self.linear.quantises_weight else None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -82,6 +89,14 @@ def quantised_modules(model: GPTModel, shape: ModelShape) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def name_linears(model: GPTModel, shape: ModelShape, draws: GradientDraws) -> None:
+    """Tell every linear its name, and where its random draws come from."""
+    for tensor in hf_tensors(model, shape):
+        if tensor.linear is not None:
+            tensor.linear.name = matrix_name(tensor.name.removesuffix(".weight"))
+            tensor.linear.draws = draws
+
+
 def initialise(model: GPTModel, shape: ModelShape, run_seed: int) -> None:
     """Random initial weights: N(0, initializer_range), norms 1.
 
@@ -101,8 +116,8 @@ def _whole(name: str, module: nn.Module) -> HfTensor:
 
 
 def _rows(name: str, module: nn.Module, rows: tuple[slice, ...], is_expert: bool = False) -> HfTensor:
-    quantised = module if isinstance(module, QuantisedWeight) and module.quantises_weight else None
-    return HfTensor(name, module.weight, rows, quantised, is_expert)  # type: ignore[arg-type]
+    linear = module if isinstance(module, QuantisedWeight) else None
+    return HfTensor(name, module.weight, rows, linear, is_expert)  # type: ignore[arg-type]
 
 
 def _attention(prefix: str, attention: SelfAttention, shape: ModelShape) -> Iterator[HfTensor]:

@@ -16,15 +16,12 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 
 from mxdist.errors import ParityError
 from mxdist.messages import TensorEntry, WeightPayload
+from mxdist.model.linear_names import FUSED
 from mxdist.quant.checksum import checksum
 from mxdist.quant.format import E8M0_NAN
 from mxdist.quant.recipe import Recipe
 from mxdist.rollout.live_weight import LiveWeight
 from mxdist.sync.payload import VALUES, as_tensor, gather_entries, values_checksum
-
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""vLLM's fused linears and the Hugging Face linears whose rows they stack."""
-
 
 @dataclass(frozen=True)
 class Slot:

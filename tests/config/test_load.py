@@ -4,12 +4,14 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from mxdist.config import Config, dump_config, load_config
-from mxdist.config.schema import ArithmeticData, Dapo, DrGrpo, Gsm8kData, Gspo, Rloo
+from mxdist.config.schema import ArithmeticData, Dapo, DrGrpo, Gsm8kData, Gspo, RecipeName, Rloo
 from mxdist.errors import UserError
+from mxdist.quant.recipe import PRESETS
 
 FILE = """\
 run:
@@ -115,8 +117,8 @@ def test_relative_data_paths_become_absolute_so_that_a_run_resumes_anywhere(
         ("log.tensorboard=yes", "log.tensorboard=yes (the command line) must be true or false"),
         (
             "recipe=mxfp",
-            "recipe=mxfp (the command line) must be one of bf16, mxfp4, mxfp4_mbs, mxfp4_of, mxfp4_mbs_of; "
-            "did you mean mxfp4?",
+            "recipe=mxfp (the command line) must be one of bf16, mxfp4, mxfp4_mbs, mxfp4_of, mxfp4_mbs_of, mxfp4_g4, "
+            "mxfp4_mbs_g4, mxfp4_of_g4, mxfp4_mbs_of_g4; did you mean mxfp4?",
         ),
         ("algorithm.name=ppo", "algorithm.name=ppo (the command line) must be one of grpo, dapo, dr_grpo, gspo, rloo"),
         ("data.task=math", "data.task=math (the command line) must be one of arithmetic, gsm8k"),
@@ -221,3 +223,7 @@ def test_a_mistake_is_found_within_two_seconds_and_without_ray_or_torch(file: Pa
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - started < 2
     assert run.stdout.splitlines()[1] == "[]"
     assert "did you mean run.seed?" in run.stdout
+
+
+def test_the_recipes_that_can_be_chosen_are_the_presets_of_the_quantiser() -> None:
+    assert get_args(RecipeName) == tuple(PRESETS)
