@@ -180,7 +180,7 @@ class WeightPayload:
     """The tensors one learner rank owns; the payloads of all ranks together are the whole model."""
 
     version: int
-    recipe: dict[str, object]  # Recipe.to_dict(); an engine of another recipe refuses the payload
+    recipes: dict[str, object]  # ModelRecipes.to_dict(); an engine with others refuses the payload
     entries: tuple[TensorEntry, ...] = field(repr=False)
 
     @property

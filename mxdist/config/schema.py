@@ -84,6 +84,20 @@ class ModelConfig(Section):
         return self
 
 
+class RecipeOverride(Section):
+    """A recipe for some linears. Of several that match a linear the first decides."""
+
+    modules: str = Field(description="Glob over Hugging Face module names; * also matches dots: *.self_attn.*")
+    recipe: RecipeName
+
+
+class EdgeLayers(Section):
+    """Decoder layers at either end that stay in bf16, whatever the recipes say."""
+
+    first: int = Field(0, ge=0)
+    last: int = Field(0, ge=0)
+
+
 class ArithmeticData(Section):
     """Sums generated from the seed, with a held-out split no training ever sees."""
 
@@ -278,6 +292,8 @@ class Config(Section):
     recipe: RecipeName = "mxfp4_mbs_of"
     data: DataConfig = ArithmeticData()
     warm_start: WarmStartConfig = WarmStartConfig()
+    recipe_overrides: tuple[RecipeOverride, ...] = Field((), description="Exceptions from recipe, in order.")
+    bf16_layers: EdgeLayers = EdgeLayers()
     algorithm: AlgorithmConfig = Grpo()
     optimizer: OptimizerConfig = OptimizerConfig()
     learner: LearnerConfig = LearnerConfig()

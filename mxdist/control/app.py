@@ -1,7 +1,7 @@
 """What the commands do: prepare everything that can fail cheaply, start the processes, run, and always stop them."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,14 @@ from mxdist.control.waits import wait_for
 from mxdist.control.weights import WeightSync
 from mxdist.errors import UserError
 from mxdist.messages import EngineReport, LearnerReport
+from mxdist.model.linear_names import linear_names
+from mxdist.model.recipes import ModelRecipes, model_recipes
 from mxdist.model.shape import ModelShape
 from mxdist.observe.console import Console
 from mxdist.observe.loggers import Loggers
 from mxdist.observe.module_names import compact_names
 from mxdist.observe.rollout_files import RolloutFiles
 from mxdist.observe.run_directory import RunDirectory
-from mxdist.quant.recipe import get_recipe
 from mxdist.sync.parity import compare_modules
 from mxdist.tasks.base import Cursor, Task
 from mxdist.tasks.registry import make_task
@@ -35,6 +36,7 @@ TOKENIZER = "tokenizer"  # folder of a run directory
 
 def train(config: Config) -> None:
     """Start a new run and train it to the end."""
+    model_recipes(config)
     task = make_task(config)
     with RunDirectory.create(config) as run_dir:
         task.tokenizer.save(run_dir.path / TOKENIZER)
@@ -69,8 +71,8 @@ def evaluate(run_path: Path, overrides: list[str]) -> dict[str, float]:
         problems = len(task.eval_prompts())
         accuracies: dict[str, float] = {}
         with Console(run_dir.path) as console:
-            for recipe in dict.fromkeys([config.recipe, "bf16"]):
-                variant = config.model_copy(update={"recipe": recipe})
+            plain = config.model_copy(update={"recipe": "bf16", "recipe_overrides": ()})
+            for recipe, variant in {_recipe_in_words(config): config, "bf16": plain}.items():
                 with running(variant, task, run_dir.path, console) as system:
                     system.learners.load(learner_folder)
                     sync = WeightSync(system.learners, system.pool, variant)
@@ -149,6 +151,7 @@ class System:
 @contextmanager
 def running(config: Config, task: Task, run_path: Path, console: Console) -> Iterator[System]:
     """Start Ray and every process, and stop them all on the way out, whatever happened."""
+    model_recipes(config)  # refuses overrides that do not fit the model
     tokenizer = task.tokenizer
     shape = ModelShape(
         config.model, tokenizer.vocab_size, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -160,7 +163,7 @@ def running(config: Config, task: Task, run_path: Path, console: Console) -> Ite
         learner_processes = start_learners(config, shape)
         learners = LearnerGroup(learner_processes, config)
         building = learners.build()
-        pool = RolloutPool(start_rollout_workers(config, shape, config.recipe, run_path / "engines"), config)
+        pool = RolloutPool(start_rollout_workers(config, shape, run_path / "engines"), config)
         engines_starting = pool.start()
         rewards = RewardPool(start_reward_workers(config), config, task)
         learner_reports: list[LearnerReport] = wait_for(building, config.deadlines.start, "start")
@@ -176,15 +179,31 @@ def _agree_on_modules(
 ) -> None:
     """Print what is quantised on both sides and refuse to go on when a side has nothing or the sides differ."""
     ours = sorted({name for report in learners for name in report.quantised_modules})
-    quantises = get_recipe(config.recipe).quantises
-    console.note(f"learner: {len(ours)} linears in {config.recipe}: {compact_names(ours)}", full=ours)
+    recipes = model_recipes(config)
+    expected = [name for name in linear_names(config.model) if recipes.of(name).w is not None]
+    for line, full in _by_recipe(ours, recipes):
+        console.note(f"learner: {line}", full=full)
     for index, report in enumerate(engines):
         theirs = list(report.quantised_modules)
-        console.note(
-            f"rollout worker {index}: {len(theirs)} linears in {config.recipe}: {compact_names(theirs)}", full=theirs
-        )
-        compare_modules(ours, theirs, quantises)
+        for line, full in _by_recipe(theirs, recipes):
+            console.note(f"rollout worker {index}: {line}", full=full)
+        compare_modules(ours, theirs, quantises=bool(expected))
     memory = [f"learner rank {report.rank} {report.resident_mib:.0f} MiB" for report in learners]
     memory += [f"rollout worker {index} {report.resident_mib:.0f} MiB" for index, report in enumerate(engines)]
     console.note(f"resident memory: {', '.join(memory)}")
     console.note(f"noise goes to {len(engines[0].noise_modules)} norms: {compact_names(engines[0].noise_modules)}")
+
+
+def _by_recipe(quantised: Sequence[str], recipes: ModelRecipes) -> Iterator[tuple[str, list[str]]]:
+    """One line for each recipe of the quantised linears, and their full names."""
+    groups: dict[str, list[str]] = {}
+    for name in quantised:
+        groups.setdefault(recipes.of(name).name, []).append(name)
+    for recipe, names in groups.items():
+        yield f"{len(names)} linears in {recipe}: {compact_names(names)}", names
+    if not groups:
+        yield f"0 linears quantised (recipe {recipes.policy.default})", []
+
+
+def _recipe_in_words(config: Config) -> str:
+    return config.recipe + (" with recipe_overrides" if config.recipe_overrides else "")

@@ -189,7 +189,7 @@ def start_learners(config: Config, shape: ModelShape) -> list[Process]:
     return ranks
 
 
-def start_rollout_workers(config: Config, shape: ModelShape, recipe: str, model_dirs: Path) -> list[Process]:
+def start_rollout_workers(config: Config, shape: ModelShape, model_dirs: Path) -> list[Process]:
     """One engine a process, constructed but not started. ``model_dirs`` gets one model directory for each."""
     section = config.rollout
     workers = [
@@ -198,7 +198,7 @@ def start_rollout_workers(config: Config, shape: ModelShape, recipe: str, model_
     ]
     wait_for(
         [
-            worker.construct(ROLLOUT, config, shape, recipe, model_dirs / f"engine_{index}")
+            worker.construct(ROLLOUT, config, shape, model_dirs / f"engine_{index}")
             for index, worker in enumerate(workers)
         ],
         config.deadlines.start,

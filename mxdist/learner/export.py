@@ -7,16 +7,16 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from mxdist.messages import TensorEntry, WeightPayload
+from mxdist.model.recipes import ModelRecipes
 from mxdist.model.shape import ModelShape
 from mxdist.model.weights import HfTensor, hf_tensors
-from mxdist.quant.recipe import Recipe
 from mxdist.sync.payload import dense_entry, mx_entry
 
 
-def export(model: GPTModel, shape: ModelShape, recipe: Recipe, version: int) -> WeightPayload:
+def export(model: GPTModel, shape: ModelShape, recipes: ModelRecipes, version: int) -> WeightPayload:
     """What this rank owns; the payloads of all ranks hold every Hugging Face tensor exactly once."""
     entries = tuple(_entry(tensor) for tensor in _owned(model, shape))
-    return WeightPayload(version, recipe.to_dict(), entries)
+    return WeightPayload(version, recipes.to_dict(), entries)
 
 
 def _owned(model: GPTModel, shape: ModelShape) -> Iterator[HfTensor]:

@@ -21,8 +21,8 @@ from mxdist.config.schema import AlgorithmConfig, Config, Supervised
 from mxdist.learner.losses import get_objective
 from mxdist.learner.microbatches import fill_up, micro_batches, optimizer_batches, rank_share, rejoin
 from mxdist.messages import EntropyStatistics, LearnerReport, Mean, TrainBatch, UpdateReport, WeightPayload
+from mxdist.model.recipes import model_recipes
 from mxdist.model.shape import ModelShape
-from mxdist.quant.recipe import get_recipe
 
 
 class LearnerWorker:
@@ -34,7 +34,7 @@ class LearnerWorker:
         self.rank = rank
         self.world_size = world_size
         self.rendezvous = rendezvous
-        self.recipe = get_recipe(config.recipe)
+        self.recipes = model_recipes(config)
 
     def build(self) -> LearnerReport:
         """Join the other ranks, build the model with its seeded initial weights and its optimizer."""
@@ -46,7 +46,7 @@ class LearnerWorker:
         from mxdist.learner.policy import Policy
         from mxdist.model.draws import GradientDraws
         from mxdist.model.gpt import build_gpt
-        from mxdist.model.weights import initialise, name_linears, quantised_modules
+        from mxdist.model.weights import initialise, quantised_modules, set_up_linears
 
         config = self.config
         if not torch.cuda.is_available():
@@ -59,9 +59,9 @@ class LearnerWorker:
             config.run.seed,
             config.deadlines.update,
         )
-        model = build_gpt(self.shape, self.recipe, config.learner.expert_parallel)
+        model = build_gpt(self.shape, config.learner.expert_parallel)
         draws = GradientDraws(config.run.seed, self.rank)
-        name_linears(model, self.shape, draws)
+        set_up_linears(model, self.shape, self.recipes, draws)
         initialise(model, self.shape, config.run.seed)
         self._policy = Policy(model, config.optimizer, draws)
         return LearnerReport(
@@ -121,7 +121,7 @@ class LearnerWorker:
         """The tensors that this rank owns, quantised ones as the packed parts of what the forward pass uses."""
         from mxdist.learner.export import export
 
-        return export(self._policy.model, self.shape, self.recipe, version)
+        return export(self._policy.model, self.shape, self.recipes, version)
 
     def save(self, directory: Path) -> None:
         """Write model and optimizer into the existing, empty ``directory``."""

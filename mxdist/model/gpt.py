@@ -5,14 +5,13 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mxdist.model.megatron_spec import decoder_spec, quantise_every_linear
+from mxdist.model.megatron_spec import decoder_spec
 from mxdist.model.shape import ModelShape
-from mxdist.quant.recipe import Recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def transformer_config(shape: ModelShape, recipe: Recipe, expert_parallel: int) -> TransformerConfig:
+def transformer_config(shape: ModelShape, expert_parallel: int) -> TransformerConfig:
     """Megatron's settings for this shape, on this machine."""
     model = shape.config
     on_gpu = torch.cuda.is_available()
@@ -57,16 +56,15 @@ def transformer_config(shape: ModelShape, recipe: Recipe, expert_parallel: int) 
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         batch_p2p_sync=on_gpu,
-        quant_recipe=quantise_every_linear(recipe),
         **(experts if shape.is_moe else {}),
     )
 
 
-def build_gpt(shape: ModelShape, recipe: Recipe, expert_parallel: int) -> GPTModel:
-    """The model of this rank, its weights not yet set. Needs Megatron's process groups."""
+def build_gpt(shape: ModelShape, expert_parallel: int) -> GPTModel:
+    """The model of this rank, its weights and recipes not yet set. Needs Megatron's process groups."""
     model = shape.config
     return GPTModel(
-        config=transformer_config(shape, recipe, expert_parallel),
+        config=transformer_config(shape, expert_parallel),
         transformer_layer_spec=decoder_spec(model.num_hidden_layers, model.num_experts or None),
         vocab_size=shape.vocab_size,
         max_sequence_length=model.max_position_embeddings,

@@ -1,14 +1,13 @@
 """Our modules in a Megatron-core GPTModel: parallel linears and experts that compute with ``mx_linear``.
 
-Megatron offers two hooks and both are used as they are: a ``BackendSpecProvider`` says which classes a layer is built
-from, and ``finish_init`` hands every module the entry of the quantisation recipe that matches its path.
+Megatron's hook is used as it is: a ``BackendSpecProvider`` says which classes a layer is built from. Which recipe a
+linear has is set once the model stands (``weights.set_up_linears``), by its Hugging Face name, as the engine does it.
 """
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.quantization.quant_config import QuantizationConfig, RecipeConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -27,26 +26,10 @@ from torch import Tensor
 from mxdist.model.experts import MxExperts
 from mxdist.model.quantised_weight import QuantisedWeight
 from mxdist.quant.linear import mx_linear
-from mxdist.quant.recipe import Recipe
-
-
-def quantise_every_linear(recipe: Recipe) -> RecipeConfig | None:
-    """Megatron's own recipe object, by which ``finish_init`` reaches all modules; None when nothing is quantised."""
-    if not recipe.quantises:
-        return None
-    return RecipeConfig.from_config_dict(
-        {
-            "configs": {"mx": recipe.to_dict()},
-            "matchers": {"all": {"type": "glob", "enabled": True, "pattern": "*", "config": "mx"}},
-        }
-    )
 
 
 class _MxLinear(QuantisedWeight):
     """What the column and the row parallel linear share: the matrix product on this rank's part of the weight."""
-
-    def finish_init(self, quantization_config: QuantizationConfig | None) -> None:
-        self.recipe = None if quantization_config is None else Recipe.from_dict(quantization_config.config)
 
     def _forward_impl(
         self,

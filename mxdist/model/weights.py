@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mxdist.model.draws import GradientDraws
 from mxdist.model.linear_names import matrix_name
 from mxdist.model.quantised_weight import QuantisedWeight
+from mxdist.model.recipes import ModelRecipes
 from mxdist.model.shape import ModelShape
 from mxdist.quant.tensor import MXTensor, cat_rows
 from mxdist.seeds import derive_seed
@@ -89,11 +90,14 @@ def quantised_modules(model: GPTModel, shape: ModelShape) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def name_linears(model: GPTModel, shape: ModelShape, draws: GradientDraws) -> None:
-    """Tell every linear its name, and where its random draws come from."""
+def set_up_linears(model: GPTModel, shape: ModelShape, recipes: ModelRecipes, draws: GradientDraws) -> None:
+    """Tell every linear its name, its recipe, and where its random draws come from."""
     for tensor in hf_tensors(model, shape):
         if tensor.linear is not None:
-            tensor.linear.name = matrix_name(tensor.name.removesuffix(".weight"))
+            name = tensor.name.removesuffix(".weight")
+            recipe = recipes.of(name)
+            tensor.linear.name = matrix_name(name)
+            tensor.linear.recipe = recipe if recipe.quantises else None
             tensor.linear.draws = draws
 
 

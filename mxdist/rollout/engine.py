@@ -16,18 +16,18 @@ from vllm.platforms import current_platform
 
 from mxdist.config.schema import Config
 from mxdist.errors import UserError
+from mxdist.model.recipes import ModelRecipes
 from mxdist.model.shape import ModelShape
-from mxdist.quant.recipe import Recipe
 from mxdist.rollout import vllm_plugin
 
 KV_BLOCK = 32
 """Tokens in a block of the KV cache; the smallest the CPU attention takes, so that short prompts share blocks too."""
 
 
-def write_model_dir(model_dir: Path, shape: ModelShape, recipe: Recipe) -> None:
+def write_model_dir(model_dir: Path, shape: ModelShape, recipes: ModelRecipes) -> None:
     """Write the config.json from which vLLM builds the model. It holds no weights: those come by weight sync."""
     model_dir.mkdir(parents=True, exist_ok=True)
-    quantisation = {"quant_method": vllm_plugin.METHOD_NAME, "recipe": recipe.to_dict()}
+    quantisation = {"quant_method": vllm_plugin.METHOD_NAME, "recipes": recipes.to_dict()}
     config = {**shape.hf_config(), "quantization_config": quantisation}
     (model_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

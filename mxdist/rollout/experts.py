@@ -24,7 +24,7 @@ def route(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor
 
 
 def run_experts(
-    x: Tensor, weights: Tensor, experts: Tensor, w13: LiveWeight, w2: LiveWeight, recipe: Recipe, name: str
+    x: Tensor, weights: Tensor, experts: Tensor, w13: LiveWeight, w2: LiveWeight, fc1: Recipe, fc2: Recipe, name: str
 ) -> Tensor:
     """Sum over a token's experts of weight * fc2(Q(silu(gate) * up)); x is quantised once for all its experts.
 
@@ -32,15 +32,16 @@ def run_experts(
         x: [tokens, hidden]
         weights, experts: [tokens, top_k], as ``route`` returns them
         w13: rows [experts * 2 * wide, hidden]; w2: rows [experts * hidden, wide]
+        fc1, fc2: the recipes of w13 and of w2
     """
     (tokens, hidden), top_k, wide = x.shape, experts.shape[1], w2.values.shape[1]
     count = w2.values.shape[0] // hidden
     order = experts.flatten().argsort(stable=True)  # (token, rank) pairs, grouped by expert
-    rows = _quantised(x, recipe, name)[order // top_k]
+    rows = _quantised(x, fc1, name)[order // top_k]
     sizes = torch.bincount(experts.flatten(), minlength=count).tolist()
     gate_up = _grouped_linear(rows, w13.values.view(count, 2 * wide, hidden), sizes)
     gate, up = gate_up.chunk(2, dim=-1)
-    inner = _quantised(F.silu(gate) * up, recipe, name)
+    inner = _quantised(F.silu(gate) * up, fc2, name)
     down = _grouped_linear(inner, w2.values.view(count, hidden, wide), sizes)
     out = torch.empty_like(down)
     out[order] = down

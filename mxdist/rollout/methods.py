@@ -82,9 +82,9 @@ class LiveExpertsMethod(FusedMoEMethodBase):
     """Routed experts. Monolithic in vLLM's words: it does its own routing, so that every vLLM version and device
     routes as the learner does."""
 
-    def __init__(self, recipe: Recipe, moe_config: Any) -> None:
+    def __init__(self, gate_up: Recipe, down: Recipe, moe_config: Any) -> None:
         super().__init__(moe_config)
-        self.recipe = recipe
+        self.gate_up, self.down = gate_up, down
 
     @property
     def is_monolithic(self) -> bool:
@@ -102,8 +102,8 @@ class LiveExpertsMethod(FusedMoEMethodBase):
         del extra
         wide = intermediate_size_per_partition
         # Rows of expert e: gate then up in live_w13 from 2 e wide on, down in live_w2 from e hidden_size on.
-        layer.live_w13 = LiveWeight(num_experts * 2 * wide, hidden_size, self.recipe.w, params_dtype)
-        layer.live_w2 = LiveWeight(num_experts * hidden_size, wide, self.recipe.w, params_dtype)
+        layer.live_w13 = LiveWeight(num_experts * 2 * wide, hidden_size, self.gate_up.w, params_dtype)
+        layer.live_w2 = LiveWeight(num_experts * hidden_size, wide, self.down.w, params_dtype)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         del layer  # no kernel of vLLM's runs here, so none is to be told of scales
@@ -111,4 +111,6 @@ class LiveExpertsMethod(FusedMoEMethodBase):
     def apply_monolithic(self, layer: Any, x: Tensor, router_logits: Tensor, input_ids: Tensor | None = None) -> Tensor:
         del input_ids
         weights, experts = route(router_logits, layer.top_k, layer.renormalize)
-        return run_experts(x, weights, experts, layer.live_w13, layer.live_w2, self.recipe, layer.layer_name)
+        return run_experts(
+            x, weights, experts, layer.live_w13, layer.live_w2, self.gate_up, self.down, layer.layer_name
+        )

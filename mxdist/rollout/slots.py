@@ -16,12 +16,13 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 
 from mxdist.errors import ParityError
 from mxdist.messages import TensorEntry, WeightPayload
-from mxdist.model.linear_names import FUSED
+from mxdist.model.linear_names import parts_of
+from mxdist.model.recipes import ModelRecipes
 from mxdist.quant.checksum import checksum
 from mxdist.quant.format import E8M0_NAN
-from mxdist.quant.recipe import Recipe
 from mxdist.rollout.live_weight import LiveWeight
 from mxdist.sync.payload import VALUES, as_tensor, gather_entries, values_checksum
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -86,13 +87,12 @@ def _slots(model: nn.Module, vocab_size: int) -> Iterator[Slot]:
 
 
 def _linear_slots(path: str, module: Any, vocab_size: int) -> Iterator[Slot]:
-    parent, _, leaf = path.rpartition(".")
     if not hasattr(module, "live_splits"):  # embedding and head: vLLM pads the vocabulary
         yield Slot(f"{path}.weight", module.live, slice(0, vocab_size))
         return
     start = 0
-    for name, size in zip(FUSED.get(leaf, (leaf,)), module.live_splits, strict=True):
-        yield Slot(f"{parent}.{name}.weight", module.live, slice(start, start + size))
+    for name, size in zip(parts_of(path), module.live_splits, strict=True):
+        yield Slot(f"{name}.weight", module.live, slice(start, start + size))
         start += size
 
 
@@ -106,14 +106,14 @@ def _expert_slots(path: str, module: RoutedExperts) -> Iterator[Slot]:
         yield Slot(f"{place}.down_proj.weight", module.live_w2, slice(expert * hidden, (expert + 1) * hidden))
 
 
-def load(slots: dict[str, Slot], payloads: Sequence[WeightPayload], recipe: Recipe) -> int:
+def load(slots: dict[str, Slot], payloads: Sequence[WeightPayload], recipes: ModelRecipes) -> int:
     """Copy a whole set of weights into the live model, all or nothing, and return its version.
 
     Raises:
         ParityError: naming the first thing wrong (another recipe or version on one rank; a tensor that is missing,
             unknown or sent twice; wrong kind, shape, parts or dtype; a NaN or Inf). Nothing has been written then.
     """
-    entries = _checked(slots, payloads, recipe)
+    entries = _checked(slots, payloads, recipes)
     for name, entry in entries.items():
         for part, live in slots[name].parts().items():
             live.copy_(as_tensor(entry.parts[part]))
@@ -123,14 +123,16 @@ def load(slots: dict[str, Slot], payloads: Sequence[WeightPayload], recipe: Reci
     return payloads[0].version
 
 
-def _checked(slots: dict[str, Slot], payloads: Sequence[WeightPayload], recipe: Recipe) -> dict[str, TensorEntry]:
+def _checked(
+    slots: dict[str, Slot], payloads: Sequence[WeightPayload], recipes: ModelRecipes
+) -> dict[str, TensorEntry]:
     if not payloads:
         raise ParityError("a weight sync came without payloads")
     for rank, payload in enumerate(payloads):
-        if payload.recipe != recipe.to_dict():
+        if payload.recipes != recipes.to_dict():
             raise ParityError(
-                f"payload {rank} is of recipe {payload.recipe.get('name')}, which is not the engine's "
-                f"{recipe.name}, or differs from it in its details"
+                f"payload {rank} is of {_in_words(payload.recipes)}, the engine is of "
+                f"{_in_words(recipes.to_dict())}, or the two differ in what a recipe means"
             )
         if payload.version != payloads[0].version:
             raise ParityError(f"payload {rank} has version {payload.version}, payload 0 has {payloads[0].version}")
@@ -142,6 +144,13 @@ def _checked(slots: dict[str, Slot], payloads: Sequence[WeightPayload], recipe: 
     for name, entry in entries.items():
         _check_entry(slots[name], entry)
     return entries
+
+
+def _in_words(recipes: dict[str, Any]) -> str:
+    policy = recipes["policy"]
+    exceptions = [f"{recipe} for {modules}" for modules, recipe in policy["overrides"]]
+    exceptions += [f"bf16 for the {end} {policy[end]} layers" for end in ("first", "last") if policy[end]]
+    return f"recipe {policy['default']}" + (f" ({', '.join(exceptions)})" if exceptions else "")
 
 
 def _check_entry(slot: Slot, entry: TensorEntry) -> None:

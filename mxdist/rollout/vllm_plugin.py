@@ -2,7 +2,7 @@
 
 An engine uses it when its model directory's config.json says
 
-    "quantization_config": {"quant_method": "mxdist", "recipe": {...}}      (the recipe as Recipe.to_dict gives it)
+    "quantization_config": {"quant_method": "mxdist", "recipes": {...}}     (as ModelRecipes.to_dict gives them)
 
 This file decides which layer gets which method; the methods are in ``methods``.
 """
@@ -16,6 +16,8 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+from mxdist.model.linear_names import parts_of
+from mxdist.model.recipes import ModelRecipes
 from mxdist.quant.recipe import Recipe
 from mxdist.rollout.methods import LiveEmbeddingMethod, LiveExpertsMethod, LiveLinearMethod, LiveRouterMethod
 
@@ -23,22 +25,19 @@ METHOD_NAME = "mxdist"
 
 
 class MxdistConfig(QuantizationConfig):
-    """Gives every weight-bearing layer a method of ours, whatever the recipe.
+    """Gives every weight-bearing layer a method of ours, whatever its recipe.
 
-    Raises:
-        ValueError: the recipe draws random numbers or removes a mean in the forward pass, which no engine does.
+    Building a layer raises ValueError when its recipe draws random numbers or removes a mean in the forward pass,
+    which no engine does.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipes: ModelRecipes) -> None:
         super().__init__()
-        for operand in (recipe.x_fwd, recipe.w):
-            if operand is not None and (operand.needs_seed or operand.mean):
-                raise ValueError(f"recipe {recipe.name}: a rollout engine's forward pass takes neither seeds nor means")
-        self.recipe = recipe
+        self.recipes = recipes
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "MxdistConfig":
-        return cls(Recipe.from_dict(config["recipe"]))
+        return cls(ModelRecipes.from_dict(config["recipes"]))
 
     def get_name(self) -> str:
         return METHOD_NAME
@@ -58,10 +57,26 @@ class MxdistConfig(QuantizationConfig):
         if isinstance(layer, VocabParallelEmbedding):  # embed_tokens and lm_head
             return LiveEmbeddingMethod()
         if isinstance(layer, RoutedExperts):
-            return LiveExpertsMethod(self.recipe, layer.moe_config)
+            return self._experts_method(layer, prefix)
         if isinstance(layer, LinearBase):
-            return LiveRouterMethod() if prefix.endswith(".mlp.gate") else LiveLinearMethod(self.recipe)
+            return LiveRouterMethod() if prefix.endswith(".mlp.gate") else LiveLinearMethod(self._recipe(prefix))
         return None  # attention: its KV cache stays in the model's dtype
+
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> LiveExpertsMethod:
+        places = [f"{prefix.removesuffix('.routed_experts')}.{e}" for e in range(layer.moe_config.num_experts)]
+        return LiveExpertsMethod(
+            self._recipe(*(f"{place}.gate_up_proj" for place in places)),
+            self._recipe(*(f"{place}.down_proj" for place in places)),
+            layer.moe_config,
+        )
+
+    def _recipe(self, *matrices: str) -> Recipe:
+        """The one recipe of the Hugging Face linears in these matrices."""
+        recipe = self.recipes.shared(part for matrix in matrices for part in parts_of(matrix))
+        for operand in (recipe.x_fwd, recipe.w):
+            if operand is not None and (operand.needs_seed or operand.mean):
+                raise ValueError(f"recipe {recipe.name}: a rollout engine's forward pass takes neither seeds nor means")
+        return recipe
 
 
 def register() -> None:

@@ -30,8 +30,8 @@ from mxdist.messages import (
     SamplingSettings,
     WeightPayload,
 )
+from mxdist.model.recipes import model_recipes
 from mxdist.model.shape import ModelShape
-from mxdist.quant.recipe import get_recipe
 from mxdist.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -51,14 +51,12 @@ class RolloutWorker:
     """Samples answers with the weights it was last given.
 
     Args:
-        recipe_name: of the engine; weights of another recipe are refused. A name of its own, apart from
-            ``config.recipe``, because evaluation also runs an unquantised engine.
         model_dir: directory of this worker's own, into which the engine's config.json is written.
     """
 
-    def __init__(self, config: Config, shape: ModelShape, recipe_name: str, model_dir: Path) -> None:
+    def __init__(self, config: Config, shape: ModelShape, model_dir: Path) -> None:
         self._config, self._shape = config, shape
-        self._recipe = get_recipe(recipe_name)
+        self._recipes = model_recipes(config)
         self._model_dir = Path(model_dir)
         self._version = -1  # no weights yet
 
@@ -69,7 +67,7 @@ class RolloutWorker:
         from mxdist.rollout import slots
         from mxdist.rollout.engine import Engine, write_model_dir
 
-        write_model_dir(self._model_dir, self._shape, self._recipe)
+        write_model_dir(self._model_dir, self._shape, self._recipes)
         self._engine = Engine(self._config, self._model_dir)
         model = self._engine.model
         self._slots = slots.find_slots(model, self._shape.vocab_size)
@@ -98,7 +96,7 @@ class RolloutWorker:
         """
         from mxdist.rollout import slots
 
-        self._version = slots.load(self._slots, payloads, self._recipe)
+        self._version = slots.load(self._slots, payloads, self._recipes)
         self._engine.forget_prefixes()
         return {name: slot.checksums() for name, slot in self._slots.items()}
 

@@ -189,7 +189,7 @@ def test_packed_weights_are_those_of_the_forward_pass_and_do_not_depend_on_the_l
         with ranks.learners(MOE, "mxfp4_mbs_of", count) as learners:
             exports.append({e.name: e for payload in learners.call("export", 0) for e in payload.entries})
             used = {name: values for rank in learners.run(values_in_use) for name, values in rank.items()}
-            check_parts(exports[-1], used, learners)
+            check_parts(exports[-1], used)
     alone, divided = exports
     assert alone.keys() == divided.keys()
     assert all(alone[name].checksums == divided[name].checksums for name in alone)
@@ -206,17 +206,17 @@ def values_in_use(worker: LearnerWorker) -> dict[str, np.ndarray]:
     return found
 
 
-def check_parts(entries: dict, used: dict[str, np.ndarray], learners: Learners) -> None:
+def check_parts(entries: dict, used: dict[str, np.ndarray]) -> None:
     from mxdist.quant.checksum import checksum
-    from mxdist.quant.recipe import Recipe
+    from mxdist.quant.recipe import get_recipe
     from mxdist.quant.tensor import MXTensor
 
-    recipe = Recipe.from_dict(learners.call("export", 0)[0].recipe)
-    assert recipe.w is not None
+    operand = get_recipe("mxfp4_mbs_of").w
+    assert operand is not None
     assert {name for name, entry in entries.items() if entry.kind == "mx"} == used.keys()
     for name, values in used.items():
         parts = {part: torch.from_numpy(array) for part, array in entries[name].parts.items()}
-        read = MXTensor.from_parts(parts, entries[name].shape, recipe.w).dequantise()
+        read = MXTensor.from_parts(parts, entries[name].shape, operand).dequantise()
         assert np.array_equal(read.numpy(), values)
         assert entries[name].checksums == {"values": checksum(read), **{k: checksum(v) for k, v in parts.items()}}
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from mxdist.config.schema import Supervised
 from mxdist.learner.worker import LearnerWorker
 from mxdist.quant.linear import mx_linear
+from mxdist.quant.recipe import get_recipe
 from mxdist.quant.reference import fake_quantise, quantise
 from tests.learner.batches import random_batch
 from tests.model.ranks import DENSE, MOE, RankProcesses
@@ -15,7 +16,7 @@ RECIPES = ["mxfp4", "mxfp4_mbs_of"]
 
 
 def check_gradients(worker: LearnerWorker) -> None:
-    recipe = worker.recipe
+    recipe = get_recipe(worker.config.recipe)
     assert recipe.x_fwd is not None
     linear = worker._policy.model.decoder.layers[0].self_attention.linear_qkv
     x = torch.randn(3, 2, 64, requires_grad=True)
@@ -48,7 +49,8 @@ def check_experts(worker: LearnerWorker) -> None:
 
 
 def apply(worker: LearnerWorker, linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return mx_linear(x, linear.weight, quantise(linear.weight, worker.recipe.w).dequantise(), worker.recipe)
+    recipe = get_recipe(worker.config.recipe)
+    return mx_linear(x, linear.weight, quantise(linear.weight, recipe.w).dequantise(), recipe)
 
 
 def check_an_expert_without_tokens(worker: LearnerWorker) -> None:
@@ -67,7 +69,7 @@ def is_fresh(worker: LearnerWorker) -> list[bool]:
 
     fresh = []
     for module in quantised_weights(worker._policy.model):
-        anew = quantise(module.weight, worker.recipe.w)
+        anew = quantise(module.weight, get_recipe(worker.config.recipe).w)
         same = all(torch.equal(part, module.quantised().parts()[name]) for name, part in anew.parts().items())
         fresh.append(same and torch.equal(module.quantised_values(), anew.dequantise()))
     return fresh

@@ -23,7 +23,7 @@ class EngineProcess:
         self.config, self.shape = config, shape
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         self.found_by_vllm = self._submit(_find_plugin, model_dir)
-        self.report: EngineReport = self._submit(_start, config, shape, config.recipe, model_dir)
+        self.report: EngineReport = self._submit(_start, config, shape, model_dir)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         return self._submit(_with_worker, function, *args)

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mxdist.messages import WeightPayload
+from mxdist.model.recipes import ModelRecipes
 from mxdist.model.shape import ModelShape
-from mxdist.quant.recipe import Recipe
+from mxdist.quant.recipe import Operand, Recipe
 from mxdist.quant.reference import fake_quantise, quantise
 from mxdist.sync.payload import dense_entry, mx_entry
 
@@ -43,8 +44,8 @@ def tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": size for name, size in shapes.items()}
 
 
-def is_quantised(name: str, recipe: Recipe) -> bool:
-    return recipe.w is not None and name.endswith("_proj.weight")
+def operand_of(name: str, recipes: ModelRecipes) -> Operand | None:
+    return recipes.of(name.removesuffix(".weight")).w if name.endswith("_proj.weight") else None
 
 
 def random_tensors(shape: ModelShape, seed: int) -> dict[str, Tensor]:
@@ -58,16 +59,16 @@ def random_tensors(shape: ModelShape, seed: int) -> dict[str, Tensor]:
     }
 
 
-def payloads(tensors: dict[str, Tensor], recipe: Recipe, version: int, ranks: int = 2) -> list[WeightPayload]:
+def payloads(tensors: dict[str, Tensor], recipes: ModelRecipes, version: int, ranks: int = 2) -> list[WeightPayload]:
     """Dense tensors go out in float32 and in the model's dtype by turns: both are legal."""
     entries = []
     for number, (name, tensor) in enumerate(tensors.items()):
-        if is_quantised(name, recipe):
-            packed = quantise(tensor, recipe.w)
+        if operand := operand_of(name, recipes):
+            packed = quantise(tensor, operand)
             entries.append(mx_entry(name, packed, packed.dequantise(tensor.dtype)))
         else:
             entries.append(dense_entry(name, tensor.float() if number % 2 else tensor))
-    return [WeightPayload(version, recipe.to_dict(), tuple(entries[rank::ranks])) for rank in range(ranks)]
+    return [WeightPayload(version, recipes.to_dict(), tuple(entries[rank::ranks])) for rank in range(ranks)]
 
 
 class ReferenceLinear(nn.Module):
@@ -97,7 +98,7 @@ class ReferenceExperts(nn.Module):
         return torch.stack(rows)
 
 
-def reference_model(shape: ModelShape, tensors: dict[str, Tensor], recipe: Recipe) -> nn.Module:
+def reference_model(shape: ModelShape, tensors: dict[str, Tensor], recipes: ModelRecipes) -> nn.Module:
     """A float32 transformers model whose projections are replaced by quantised ones."""
     hf = shape.hf_config()
     config = AutoConfig.for_model(
@@ -105,12 +106,12 @@ def reference_model(shape: ModelShape, tensors: dict[str, Tensor], recipe: Recip
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     weights = {
-        name: (quantise(tensor, recipe.w).dequantise() if is_quantised(name, recipe) else tensor.float())
+        name: (quantise(tensor, operand).dequantise() if (operand := operand_of(name, recipes)) else tensor.float())
         for name, tensor in tensors.items()
     }
 
     def linear(name: str) -> ReferenceLinear:
-        return ReferenceLinear(weights.pop(f"{name}.weight"), recipe)
+        return ReferenceLinear(weights.pop(f"{name}.weight"), recipes.of(name))
 
     for number, layer in enumerate(model.model.layers):
         at = f"model.layers.{number}"

@@ -46,7 +46,7 @@ def test_experts_equal_the_plain_loop(recipe_name: str, tokens: int) -> None:
             )
     # A last-bit difference before quantising may move a code: rare, and then one grid step of one of 32 inputs.
     torch.testing.assert_close(
-        run_experts(x, weights, experts, w13, w2, recipe, "experts"), expected, rtol=1e-4, atol=1e-3
+        run_experts(x, weights, experts, w13, w2, recipe, recipe, "experts"), expected, rtol=1e-4, atol=1e-3
     )
 
 
@@ -66,8 +66,8 @@ def test_a_tokens_result_does_not_depend_on_its_place_in_the_batch(recipe_name: 
     w13, w2 = filled(EXPERTS * 2 * WIDE, HIDDEN, recipe_name, 0), filled(EXPERTS * HIDDEN, WIDE, recipe_name, 1)
     x = torch.randn(12, HIDDEN, generator=torch.Generator().manual_seed(3))
     weights, experts = route(x[:, :EXPERTS], TOP_K, True)
-    forwards = run_experts(x, weights, experts, w13, w2, recipe, "experts")
-    backwards = run_experts(x.flip(0), weights.flip(0), experts.flip(0), w13, w2, recipe, "experts")
+    forwards = run_experts(x, weights, experts, w13, w2, recipe, recipe, "experts")
+    backwards = run_experts(x.flip(0), weights.flip(0), experts.flip(0), w13, w2, recipe, recipe, "experts")
     torch.testing.assert_close(backwards.flip(0), forwards, rtol=1e-4, atol=1e-3)
 
 

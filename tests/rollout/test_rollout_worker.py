@@ -10,21 +10,29 @@ import torch
 from mxdist.config.schema import Config, ModelConfig
 from mxdist.errors import ParityError, UserError
 from mxdist.messages import Noise, Prompt, RolloutRequest, RolloutResult, SamplingSettings, WeightPayload
+from mxdist.model.recipes import ModelRecipes, model_recipes
 from mxdist.model.shape import ModelShape
-from mxdist.quant.recipe import get_recipe
+from mxdist.quant.policy import RecipePolicy
 from mxdist.rollout.worker import RolloutWorker
 from mxdist.sync.parity import compare_checksums, compare_modules
 from mxdist.sync.payload import learner_checksums
 from tests.rollout.engine_process import EngineProcess
 from tests.rollout.reference_model import (
     answer_logprobs,
-    is_quantised,
+    operand_of,
     payloads,
     random_tensors,
     reference_model,
     tensor_shapes,
 )
 
+MIXED = {
+    "recipe": "mxfp4_mbs_of",
+    "recipe_overrides": [
+        {"modules": "*.0.self_attn.*", "recipe": "bf16"},
+        {"modules": "*.down_proj", "recipe": "mxfp4_g4"},
+    ],
+}
 VOCABULARY, EOS, CONTEXT = 24, 2, 48
 CLEAN = Noise(0.0, 0)
 # The longer ones fill a block of the KV cache, which vLLM shares between requests and keeps from call to call.
@@ -36,7 +44,14 @@ PROMPTS = tuple(
 
 @pytest.fixture(
     scope="module",
-    params=["moe-mxfp4_mbs_of-float32", "moe-bf16-float32", "dense-bf16-float32", "dense-mxfp4_mbs_of-bfloat16"],
+    params=[
+        "moe-mxfp4_mbs_of-float32",
+        "moe-bf16-float32",
+        "dense-bf16-float32",
+        "dense-mxfp4_mbs_of-bfloat16",
+        "moe-mixed-float32",
+        "dense-mixed-float32",
+    ],
 )
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     family, recipe, dtype = request.param.split("-")
@@ -52,7 +67,8 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         num_experts=experts,
         max_position_embeddings=CONTEXT,
     )
-    config = Config(model=model, recipe=recipe, learner={"expert_parallel": 2 if experts else 1})
+    recipes = MIXED if recipe == "mixed" else {"recipe": recipe}
+    config = Config(model=model, **recipes, learner={"expert_parallel": 2 if experts else 1})
     process = EngineProcess(config, ModelShape(model, VOCABULARY, 1, EOS, 0), tmp_path_factory.mktemp("engine"))
     yield process
     process.close()
@@ -74,7 +90,7 @@ def request_of(
 
 def sync(engine: EngineProcess, seed: int, version: int) -> dict[str, torch.Tensor]:
     tensors = random_tensors(engine.shape, seed)
-    sent = payloads(tensors, get_recipe(engine.config.recipe), version)
+    sent = payloads(tensors, model_recipes(engine.config), version)
     compare_checksums(learner_checksums(sent), engine.load(sent))
     return tensors
 
@@ -91,10 +107,10 @@ def test_vllm_finds_the_plugin_through_the_entry_point(engine: EngineProcess) ->
 
 
 def test_engine_quantises_exactly_the_projections(engine: EngineProcess) -> None:
-    recipe = get_recipe(engine.config.recipe)
-    expected = [name.removesuffix(".weight") for name in tensor_shapes(engine.shape) if is_quantised(name, recipe)]
+    recipes = model_recipes(engine.config)
+    expected = [name.removesuffix(".weight") for name in tensor_shapes(engine.shape) if operand_of(name, recipes)]
     assert engine.report.quantised_modules == tuple(sorted(expected))
-    compare_modules(expected, engine.report.quantised_modules, recipe.quantises)
+    compare_modules(expected, engine.report.quantised_modules, engine.config.recipe != "bf16")
 
 
 def test_noise_goes_to_the_norms_that_feed_linears_and_no_router(engine: EngineProcess) -> None:
@@ -107,7 +123,7 @@ def test_log_probabilities_equal_a_transformers_model_with_the_same_quantiser(en
     engine.generate(request_of())  # leaves its keys and values in the prefix cache
     tensors = sync(engine, seed=1, version=2)
     result = engine.generate(request_of())
-    model = reference_model(engine.shape, tensors, get_recipe(engine.config.recipe))
+    model = reference_model(engine.shape, tensors, model_recipes(engine.config))
     differences = np.concatenate(
         [
             sample.logprobs - answer_logprobs(model, group.prompt.tokens, sample.tokens.tolist(), 0.8).numpy()
@@ -165,7 +181,7 @@ def test_a_sample_depends_on_its_own_seed_only(engine: EngineProcess) -> None:
 @only_quantised_moe
 def test_greedy_answers_are_the_most_likely_tokens_and_all_alike(engine: EngineProcess) -> None:
     tensors = sync(engine, seed=1, version=1)
-    model = reference_model(engine.shape, tensors, get_recipe(engine.config.recipe))
+    model = reference_model(engine.shape, tensors, model_recipes(engine.config))
     for group in engine.generate(request_of(samples=2, temperature=0.0)).groups:
         first, second = (sample.tokens.tolist() for sample in group.samples)
         assert first == second
@@ -179,7 +195,7 @@ def test_tokens_are_drawn_with_the_probabilities_that_are_reported(engine: Engin
     tensors, count = sync(engine, seed=1, version=1), 3000
     [group] = engine.generate(request_of(PROMPTS[:1], samples=count)).groups
     first = torch.tensor([int(sample.tokens[0]) for sample in group.samples])
-    model = reference_model(engine.shape, tensors, get_recipe(engine.config.recipe))
+    model = reference_model(engine.shape, tensors, model_recipes(engine.config))
     with torch.no_grad():
         expected = count * (model(torch.tensor([PROMPTS[0].tokens])).logits[0, -1] / 0.8).softmax(-1)
     common = expected >= 5
@@ -231,7 +247,7 @@ def test_noise_touches_the_listed_norms_and_nothing_else(engine: EngineProcess) 
 @only_quantised_moe
 def test_parity_finds_one_flipped_bit_in_the_live_buffers(engine: EngineProcess) -> None:
     sync(engine, seed=1, version=1)
-    sent = payloads(random_tensors(engine.shape, 1), get_recipe(engine.config.recipe), 1)
+    sent = payloads(random_tensors(engine.shape, 1), model_recipes(engine.config), 1)
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     engine.run(flip_bit, name, "residual_codes")
     with pytest.raises(ParityError, match=rf"disagree about {name}, part residual_codes: .*; 1 of \d+ tensors differ"):
@@ -265,7 +281,18 @@ SPOILT = {
         sent, parts=lambda entry: entry.parts | {"codes": entry.parts["codes"][1:]}
     ),
     "sent as dense": lambda sent: spoil_entry(sent, kind="dense"),
-    "recipe mxfp4": lambda sent: [sent[0], replace(sent[1], recipe=get_recipe("mxfp4").to_dict())],
+    "payload 1 is of recipe mxfp4, the engine is of recipe mxfp4_mbs_of": lambda sent: [
+        sent[0],
+        replace(sent[1], recipes=ModelRecipes(RecipePolicy("mxfp4"), 2).to_dict()),
+    ],
+    r"payload 0 is of recipe mxfp4_mbs_of \(bf16 for \*.down_proj, bf16 for the first 1 layers\)": lambda sent: [
+        replace(payload, recipes=ModelRecipes(RecipePolicy("mxfp4_mbs_of", (("*.down_proj", "bf16"),), 1), 2).to_dict())
+        for payload in sent
+    ],
+    "or the two differ in what a recipe means": lambda sent: [
+        sent[0],
+        replace(sent[1], recipes=sent[1].recipes | {"recipes": {"mxfp4": {"name": "mxfp4"}}}),
+    ],
     "has version 8": lambda sent: [sent[0], replace(sent[1], version=8)],
     "part scales, holds a NaN": lambda sent: spoil_entry(
         sent, parts=lambda entry: entry.parts | {"scales": np.full_like(entry.parts["scales"], 255)}
@@ -279,7 +306,7 @@ SPOILT = {
 def test_a_failed_load_names_the_fault_and_leaves_the_old_weights_whole(engine: EngineProcess, complaint: str) -> None:
     sync(engine, seed=1, version=1)
     before = engine.run(live_checksums)
-    sent = payloads(random_tensors(engine.shape, 2), get_recipe(engine.config.recipe), 9)
+    sent = payloads(random_tensors(engine.shape, 2), model_recipes(engine.config), 9)
     with pytest.raises(ParityError, match=complaint):
         engine.load(SPOILT[complaint](sent))
     assert engine.run(live_checksums) == before
@@ -293,7 +320,7 @@ def test_a_load_that_a_bfloat16_engine_would_round_is_refused(engine: EngineProc
     name = "model.layers.1.self_attn.q_norm.weight"
     tensors[name] = tensors[name].float() + 1e-6
     with pytest.raises(ParityError, match=rf"{name}, part values, was sent as torch.float32 .* cannot hold"):
-        engine.load(payloads(tensors, get_recipe(engine.config.recipe), 2))
+        engine.load(payloads(tensors, model_recipes(engine.config), 2))
 
 
 @only_quantised_moe
