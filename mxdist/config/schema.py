@@ -262,7 +262,9 @@ class AqnConfig(Section):
 
 
 class LogConfig(Section):
-    """Loggers beside metrics.jsonl."""
+    """What is logged, and loggers beside metrics.jsonl."""
+
+    quant_every: int = Field(10, ge=0, description="Measure quantisation errors (quant/*) every so many steps; 0: off.")
 
     tensorboard: bool = False
     rollout_groups: int = Field(2, ge=0, description="Groups of each step written to rollouts/step_N.jsonl.")
@@ -290,10 +292,10 @@ class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     recipe: RecipeName = "mxfp4_mbs_of"
-    data: DataConfig = ArithmeticData()
-    warm_start: WarmStartConfig = WarmStartConfig()
     recipe_overrides: tuple[RecipeOverride, ...] = Field((), description="Exceptions from recipe, in order.")
     bf16_layers: EdgeLayers = EdgeLayers()
+    data: DataConfig = ArithmeticData()
+    warm_start: WarmStartConfig = WarmStartConfig()
     algorithm: AlgorithmConfig = Grpo()
     optimizer: OptimizerConfig = OptimizerConfig()
     learner: LearnerConfig = LearnerConfig()

@@ -34,9 +34,9 @@ class LearnerGroup:
         return self._all("start", "build")
 
     def update(
-        self, batch: TrainBatch, algorithm: AlgorithmConfig | Supervised, lr: float, doing: str
+        self, batch: TrainBatch, algorithm: AlgorithmConfig | Supervised, lr: float, doing: str, watch: bool = False
     ) -> list[UpdateReport]:
-        pending = self._all(doing, "update", ray.put(batch), algorithm, lr)
+        pending = self._all(doing, "update", ray.put(batch), algorithm, lr, watch)
         return wait_for(pending, self._deadlines.update, "update")
 
     def export(self, version: int) -> list[Pending]:

@@ -109,7 +109,8 @@ class Trainer:
             config.rollout.temperature,
         )
         lr = learning_rate(config.optimizer, step)
-        return self.learners.update(batch, config.algorithm, lr, f"update of step {step}")
+        watch = config.log.quant_every > 0 and step % config.log.quant_every == 0
+        return self.learners.update(batch, config.algorithm, lr, f"update of step {step}", watch)
 
     def _warm_start(self) -> None:
         """Supervised steps on the task's demonstrations, by the same learner."""

@@ -15,11 +15,11 @@ from mxdist.sync.payload import dense_entry, mx_entry
 
 def export(model: GPTModel, shape: ModelShape, recipes: ModelRecipes, version: int) -> WeightPayload:
     """What this rank owns; the payloads of all ranks hold every Hugging Face tensor exactly once."""
-    entries = tuple(_entry(tensor) for tensor in _owned(model, shape))
+    entries = tuple(_entry(tensor) for tensor in owned_tensors(model, shape))
     return WeightPayload(version, recipes.to_dict(), entries)
 
 
-def _owned(model: GPTModel, shape: ModelShape) -> Iterator[HfTensor]:
+def owned_tensors(model: GPTModel, shape: ModelShape) -> Iterator[HfTensor]:
     """Each tensor belongs to the first of the ranks that hold it."""
     first = parallel_state.get_data_parallel_rank() == 0
     first_of_experts = parallel_state.get_expert_data_parallel_rank() == 0

@@ -89,6 +89,10 @@ class Policy:
         with torch.no_grad():
             return self._run(batches, None, forward_only=True)
 
+    def forward(self, tokens: np.ndarray) -> Tensor:
+        """Logits [sequences, length, vocabulary] of tokens int64 [sequences, length]; every rank must call it."""
+        return _logits(self.model, torch.from_numpy(tokens).to(self._device))
+
     def accumulate(
         self, batches: Sequence[TrainBatch], objective: Objective, old_logprobs: Sequence[np.ndarray] | None
     ) -> list[Scored]:
@@ -131,9 +135,7 @@ class Policy:
             index, batch = next(data)
             self._draws.move_to(update, index)
             tokens = torch.from_numpy(batch.tokens).to(self._device)
-            positions = torch.arange(tokens.shape[1], device=self._device).expand_as(tokens)
-            # No mask: attention is causal and the padding is on the right.
-            logits = model(input_ids=tokens, position_ids=positions, attention_mask=None)
+            logits = _logits(model, tokens)
 
             def finish(logits: Tensor) -> tuple[Tensor, Tensor, Scored]:
                 mask = torch.from_numpy(batch.response_mask).to(self._device)
@@ -158,6 +160,12 @@ class Policy:
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def _logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    # No mask: attention is causal and the padding is on the right.
+    return model(input_ids=tokens, position_ids=positions, attention_mask=None)
 
 
 def _loss_inputs(batch: TrainBatch, logprobs: Tensor, old_logprobs: np.ndarray | None) -> LossInputs:

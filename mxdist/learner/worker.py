@@ -21,6 +21,7 @@ from mxdist.config.schema import AlgorithmConfig, Config, Supervised
 from mxdist.learner.losses import get_objective
 from mxdist.learner.microbatches import fill_up, micro_batches, optimizer_batches, rank_share, rejoin
 from mxdist.messages import EntropyStatistics, LearnerReport, Mean, TrainBatch, UpdateReport, WeightPayload
+from mxdist.model.linear_names import linear_names
 from mxdist.model.recipes import model_recipes
 from mxdist.model.shape import ModelShape
 
@@ -85,10 +86,13 @@ class LearnerWorker:
         scored = self._policy.score(micro_batches(fill_up(batch, rows), self.config.learner.micro_batch))
         return rejoin([piece.logprobs for piece in scored], *batch.tokens.shape)
 
-    def update(self, batch: TrainBatch, algorithm: AlgorithmConfig | Supervised, learning_rate: float) -> UpdateReport:
+    def update(
+        self, batch: TrainBatch, algorithm: AlgorithmConfig | Supervised, learning_rate: float, watch: bool = False
+    ) -> UpdateReport:
         """Make ``algorithm.minibatches`` optimizer updates of the whole step's batch, which every rank is given.
 
         Update i takes the i-th run of consecutive rows, of which this rank takes every ``world_size``-th.
+        ``watch`` adds the metrics of ``learner.telemetry``, if anything is quantised.
         """
         seconds = dict.fromkeys(("old_logprobs", "forward_backward", "optimizer"), 0.0)
         objective = get_objective(algorithm)
@@ -101,13 +105,13 @@ class LearnerWorker:
             with _timed(seconds, "old_logprobs"):
                 old_logprobs = [[piece.logprobs for piece in self._policy.score(share)] for share in shares]
         scored, norms = [], []
-        for share, old in zip(shares, old_logprobs, strict=True):
-            with _timed(seconds, "forward_backward"):
-                scored += self._policy.accumulate(share, objective, old)
-            with _timed(seconds, "optimizer"):
-                norms.append(self._policy.step(learning_rate))
+        with self._watched(shares[0][0], watch, seconds) as means:
+            for share, old in zip(shares, old_logprobs, strict=True):
+                with _timed(seconds, "forward_backward"):
+                    scored += self._policy.accumulate(share, objective, old)
+                with _timed(seconds, "optimizer"):
+                    norms.append(self._policy.step(learning_rate))
         entropy = sum((piece.entropy for piece in scored), EntropyStatistics())
-        means: dict[str, Mean] = {}
         for name, mean in [item for piece in scored for item in piece.metrics.items()]:
             means[name] = means[name] + mean if name in means else mean
         if not isinstance(algorithm, Supervised):
@@ -116,6 +120,24 @@ class LearnerWorker:
             means["actor/pg_loss"] = Mean(loss, len(shares) / self.world_size)
             means["actor/entropy"] = Mean(entropy.total, entropy.tokens)
         return UpdateReport(means, entropy, float(np.mean(norms)), learning_rate, seconds)
+
+    @contextlib.contextmanager
+    def _watched(self, first: TrainBatch, watch: bool, seconds: dict[str, float]) -> Iterator[dict[str, Mean]]:
+        """Around the updates of a step; the metrics are in the dictionary at the end."""
+        means: dict[str, Mean] = {}
+        if not (watch and any(self.recipes.of(name).quantises for name in linear_names(self.shape.config))):
+            yield means
+            return
+        from mxdist.learner.telemetry import Telemetry
+
+        seconds["telemetry"] = 0.0
+        telemetry = Telemetry(self._policy, self.shape)
+        with _timed(seconds, "telemetry"):
+            telemetry.before_step(first)
+        with telemetry.watching_gradients():
+            yield means
+        with _timed(seconds, "telemetry"):
+            means |= telemetry.after_step()
 
     def export(self, version: int) -> WeightPayload:
         """The tensors that this rank owns, quantised ones as the packed parts of what the forward pass uses."""

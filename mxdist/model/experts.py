@@ -45,17 +45,19 @@ class MxExperts(SequentialMLP):
         """The linear ``name`` of every expert on its own rows, in order."""
         linears = [getattr(expert, name) for expert in self.local_experts]
         recipe: Recipe | None = linears[0].recipe
+        inputs = torch.split(rows, counts)
         if recipe is not None and recipe.x_fwd is not None and recipe.x_wgrad is None:
             # Rows are quantised independently, so once for all experts gives the same bits with fewer operations.
             rows = _QuantiseStraightThrough.apply(rows, recipe.x_fwd)
             recipe = replace(recipe, x_fwd=None)
         outputs = []
-        for linear, chunk in zip(linears, torch.split(rows, counts), strict=True):
+        for linear, x, chunk in zip(linears, inputs, torch.split(rows, counts), strict=True):
             if recipe is None:
                 outputs.append(F.linear(chunk, linear.weight))
             else:
                 values, seed = linear.quantised_values(), linear.seed()
                 outputs.append(mx_linear(chunk, linear.weight, values, recipe, seed=seed, name=linear.name))
+                linear.show(x, outputs[-1])
         return torch.cat(outputs)
 
 

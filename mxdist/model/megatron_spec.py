@@ -56,7 +56,9 @@ class _MxLinear(QuantisedWeight):
             input = gather_from_sequence_parallel_region(input, group=tp_group)
         elif allreduce_dgrad:
             input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-        return mx_linear(input, weight, self.quantised_values(), self.recipe, bias, seed=self.seed(), name=self.name)
+        output = mx_linear(input, weight, self.quantised_values(), self.recipe, bias, seed=self.seed(), name=self.name)
+        self.show(input, output)
+        return output
 
 
 class MxColumnParallelLinear(_MxLinear, ColumnParallelLinear):

@@ -4,7 +4,7 @@ A module that has one is a ``QuantisedWeight``. Its forward, its backward and th
 same cached tensors, and a cache that no longer belongs to the master weight raises instead of being used.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from mxdist.quant.recipe import Recipe
 from mxdist.quant.reference import quantise
 from mxdist.quant.tensor import MXTensor
 
+Observer = Callable[["QuantisedWeight", Tensor, Tensor], None]
+"""Is shown a linear, its input [..., in] before quantising and its output [..., out]."""
+
 
 class QuantisedWeight:
     """Mixed into a linear module that has a ``weight`` parameter [out, in]. ``recipe`` None: high precision."""
@@ -22,6 +25,7 @@ class QuantisedWeight:
     name = "linear"  # Hugging Face's, or the fused one of ``linear_names``
     recipe: Recipe | None = None
     draws: GradientDraws | None = None
+    observer: Observer | None = None
     _quantised: MXTensor | None = None
     _values: Tensor | None = None
     _made_from: tuple[int, int] | None = None
@@ -38,6 +42,11 @@ class QuantisedWeight:
         if self.draws is None:
             raise RuntimeError(f"recipe {self.recipe.name} draws random numbers, but {self.name} was given no seeds")
         return self.draws.seed(self.name)
+
+    def show(self, x: Tensor, y: Tensor) -> None:
+        """Called with every product this linear computes; costs nothing unless somebody observes."""
+        if self.observer is not None:
+            self.observer(self, x, y)
 
     def store(self, quantised: MXTensor, values: Tensor) -> None:
         """Take the quantised form of the present master weight.

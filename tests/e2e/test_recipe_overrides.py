@@ -1,4 +1,4 @@
-"""Recipes by module name through the whole system: printed, agreed on by both sides, refused when they fit nothing."""
+"""Recipes by module name through the whole system: printed, agreed on by both sides, watched, refused in time."""
 
 from pathlib import Path
 
@@ -13,7 +13,11 @@ def test_a_run_with_overrides_trains_and_both_sides_hold_the_same_bytes(tmp_path
     assert (done.code, done.err) == (0, "")
     lists = {line.split(": ")[1] for line in done.out.splitlines() if "linears in" in line}
     assert lists == {"36 linears in mxfp4_mbs_of", "16 linears in mxfp4_g4"}
-    assert metrics_of(run_dir)[2]["parity/mismatched_codes"] == 0
+    metrics = metrics_of(run_dir)
+    assert metrics[2]["parity/mismatched_codes"] == 0
+    for kind in ("weights", "activations", "gradients"):  # watched in steps 1, 11, ...
+        assert 0 < metrics[1][f"quant/nmse/{kind}"] < 0.1
+        assert f"quant/nmse/{kind}" not in metrics[2]
 
 
 def test_an_override_that_matches_nothing_is_refused_before_anything_starts(tmp_path: Path) -> None:
