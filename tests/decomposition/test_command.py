@@ -139,7 +139,15 @@ def test_control_c_ends_it_in_one_line(tmp_path: Path) -> None:
     _write_zeros(tmp_path / "model.safetensors", {"model.layers.0.mlp.up_proj.weight": (1 << 17, 1 << 17)})
     command = [sys.executable, "-m", "mxdist", "decompose", str(tmp_path), "--recipe", "mxfp4_mbs"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=-1,
+        stderr=-1,
+        text=True,
+        # A test run in the background of a script ignores interrupts, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     maps = Path(f"/proc/{process.pid}/maps")
     while "model.safetensors" not in maps.read_text():  # until it measures
         assert process.poll() is None

@@ -16,7 +16,9 @@ def test_a_run_with_overrides_trains_and_both_sides_hold_the_same_bytes(tmp_path
     metrics = metrics_of(run_dir)
     assert metrics[2]["parity/mismatched_codes"] == 0
     for kind in ("weights", "activations", "gradients"):  # watched in steps 1, 11, ...
-        assert 0 < metrics[1][f"quant/nmse/{kind}"] < 0.1
+        nmse = metrics[1][f"quant/nmse/{kind}"]
+        # A model this fresh earns no reward: its gradients are zero, and so is what quantising them could lose.
+        assert nmse is None if kind == "gradients" else 0 < nmse < 0.1
         assert f"quant/nmse/{kind}" not in metrics[2]
 
 
