@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from mxdist.config.explain import default_tags, explain
+from mxdist.config.hf_config import model_settings
 from mxdist.config.schema import Config, Gsm8kData, Section
 from mxdist.config.yaml_text import KeyPath, YamlText, read_mapping, read_value
 from mxdist.errors import UserError
@@ -51,6 +52,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _set(document.values, override, origins)
     _choose_default_variants(document.values)
+    _take_shape_of_checkpoint(document.values, origins)
     try:
         # Through JSON because its strict mode takes text for paths and nothing else for anything else.
         config = Config.model_validate_json(json.dumps(document.values, default=str), strict=True)
@@ -104,6 +106,22 @@ def _choose_default_variants(values: dict[str, Any]) -> None:
     for (section, key), default in default_tags().items():
         if isinstance(values.get(section), dict):
             values[section] = {key: default} | values[section]
+
+
+def _take_shape_of_checkpoint(values: dict[str, Any], origins: Origins) -> None:
+    """With ``model.path``, fill in what its config.json says; a key that says otherwise is refused."""
+    model = values.get("model")
+    if not isinstance(model, dict) or not isinstance(path := model.get("path"), str):
+        return
+    if Path(path).expanduser().is_dir():
+        path = model["path"] = str(Path(path).expanduser().absolute())
+    for key, value in model_settings(path).items():
+        if model.setdefault(key, value) not in (value, None):
+            raise UserError(
+                f"model.{key}={model[key]} ({origins.of(('model', key))}) is not what {path}/config.json says "
+                f"({value}); leave it out"
+            )
+        model[key] = value
 
 
 def _with_absolute_paths(config: Config) -> Config:

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from mxdist.config.layout import BLOCK, MACRO_BLOCK, check_layout
+
 PositiveSeconds = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -40,8 +42,21 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    """A Qwen3 shape with random initial weights, in Hugging Face's names. ``num_experts`` 0 is the dense model."""
+    """A Hugging Face checkpoint, or a shape with random initial weights; in Hugging Face's names.
 
+    With ``path`` the shape is read from its config.json (``hf_config``), and a key set here has to say the same.
+    ``num_experts`` 0 is a dense model.
+    """
+
+    path: str | None = Field(
+        None, description="Directory with config.json, safetensors and tokenizer, or a Hugging Face hub name."
+    )
+    family: Literal["qwen2", "qwen3"] = Field(
+        "qwen3", description="qwen2 (also Qwen2.5): biases in q, k and v. qwen3: norms of q and k, and experts if any."
+    )
+    vocab_size: PositiveInt | None = Field(None, description="Rows of the embedding; null: what the tokenizer has.")
+    tie_word_embeddings: bool = Field(False, description="The embedding is the output layer as well.")
+    norm_topk_prob: bool = Field(True, description="The probabilities of the chosen experts are scaled to add to 1.")
     hidden_size: PositiveInt = 128
     num_hidden_layers: PositiveInt = 2
     num_attention_heads: PositiveInt = 4
@@ -51,7 +66,7 @@ class ModelConfig(Section):
     num_experts_per_tok: PositiveInt = 2
     moe_intermediate_size: PositiveInt = 64
     intermediate_size: PositiveInt = Field(256, description="Feed-forward width of the dense model.")
-    max_position_embeddings: PositiveInt = Field(64, description="Context: prompt and answer together, in tokens.")
+    max_position_embeddings: PositiveInt = Field(64, description="Longest context the model has positions for.")
     rope_theta: PositiveFloat = 10_000.0
     rms_norm_eps: PositiveFloat = 1e-6
     initializer_range: PositiveFloat = Field(0.02, description="Standard deviation of the random initial weights.")
@@ -68,6 +83,8 @@ class ModelConfig(Section):
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}; lower it"
             )
+        if self.num_experts and self.family == "qwen2":
+            raise ValueError("family=qwen2 has no experts here; use family=qwen3, or set num_experts=0")
         if self.num_experts and self.num_experts_per_tok == 1:
             raise ValueError(
                 "num_experts_per_tok=1 leaves the router without a gradient, its one probability being "
@@ -219,7 +236,9 @@ class OptimizerConfig(Section):
 
 class LearnerConfig(Section):
     ranks: PositiveInt = Field(2, description="Learner processes.")
-    expert_parallel: PositiveInt = Field(2, description="Ranks that share one set of experts.")
+    tensor_parallel: PositiveInt = Field(1, description="Ranks that share every matrix of a layer but the experts'.")
+    pipeline_parallel: PositiveInt = Field(1, description="Stages that the layers are divided over.")
+    expert_parallel: PositiveInt = Field(2, description="Ranks of a stage that share one set of experts.")
     micro_batch: PositiveInt = Field(64, description="Sequences in one forward pass of one rank.")
     port: int = Field(0, ge=0, le=65535, description="Port of the ranks' rendezvous; 0 takes a free one.")
     cpus_per_rank: PositiveFloat = 0.5
@@ -230,6 +249,9 @@ class RolloutConfig(Section):
     workers: PositiveInt = 1
     temperature: PositiveFloat = 1.0
     max_new_tokens: PositiveInt = 8
+    max_context: PositiveInt | None = Field(
+        None, description="Prompt and answer together, in tokens; null: model.max_position_embeddings."
+    )
     max_lag: int = Field(0, ge=0, description="Learner updates a sampled answer may be behind; 0 is synchronous.")
     max_sequences: PositiveInt = Field(256, description="Sequences an engine decodes together.")
     kv_cache_mib: PositiveInt = 64
@@ -306,33 +328,40 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
 
+    @property
+    def context(self) -> int:
+        """Most tokens of a prompt and its answer together."""
+        return self.rollout.max_context or self.model.max_position_embeddings
+
+    @property
+    def context_key(self) -> str:
+        """The setting that decides ``context``, for messages."""
+        return "rollout.max_context" if self.rollout.max_context else "model.max_position_embeddings"
+
+    @property
+    def data_parallel(self) -> int:
+        """Learner ranks that see different sequences."""
+        return self.learner.ranks // (self.learner.tensor_parallel * self.learner.pipeline_parallel)
+
     @model_validator(mode="after")
     def _layout(self) -> "Config":
-        ranks, experts = self.learner.ranks, self.model.num_experts
-        parallel = self.learner.expert_parallel
-        if ranks % parallel:
-            raise ValueError(
-                f"learner.expert_parallel={parallel} does not divide learner.ranks={ranks}; choose a divisor of {ranks}"
-            )
-        if experts == 0 and parallel > 1:
-            raise ValueError(
-                f"learner.expert_parallel={parallel} needs experts, but model.num_experts is 0 "
-                f"(a dense model); set learner.expert_parallel=1"
-            )
-        if experts and experts % parallel:
-            raise ValueError(
-                f"learner.expert_parallel={parallel} does not divide model.num_experts={experts}; "
-                f"choose a divisor of {experts}"
-            )
+        recipes = [self.recipe, *(override.recipe for override in self.recipe_overrides)]
+        quantum = max(MACRO_BLOCK if "_mbs" in name else 1 if name == "bf16" else BLOCK for name in recipes)
+        check_layout(self.model, self.learner, quantum)
         per_update = self.algorithm.prompts_per_step * self.algorithm.samples_per_prompt // self.algorithm.minibatches
-        if per_update % ranks:
+        if per_update % self.data_parallel:
             raise ValueError(
-                f"the {per_update} sequences of one update cannot be shared by learner.ranks={ranks}; "
-                f"change algorithm.prompts_per_step or algorithm.samples_per_prompt"
+                f"the {per_update} sequences of one update cannot be shared by the {self.data_parallel} data-parallel "
+                f"ranks of learner; change algorithm.prompts_per_step or algorithm.samples_per_prompt"
             )
-        if self.rollout.max_new_tokens >= self.model.max_position_embeddings:
+        if self.context > self.model.max_position_embeddings:
+            raise ValueError(
+                f"rollout.max_context={self.context} is beyond model.max_position_embeddings="
+                f"{self.model.max_position_embeddings}; lower it"
+            )
+        if self.rollout.max_new_tokens >= self.context:
             raise ValueError(
                 f"rollout.max_new_tokens={self.rollout.max_new_tokens} leaves no room for a prompt in "
-                f"model.max_position_embeddings={self.model.max_position_embeddings}; lower the first"
+                f"{self.context_key}={self.context}; lower the first"
             )
         return self

@@ -20,7 +20,7 @@ class ModelShape:
         return self.config.num_experts > 0
 
     def hf_config(self) -> dict[str, object]:
-        """The ``config.json`` of this shape, for transformers and vLLM (families qwen3_moe and qwen3)."""
+        """The ``config.json`` of this shape, for transformers and vLLM (families qwen2, qwen3 and qwen3_moe)."""
         config = self.config
         common: dict[str, object] = {
             "hidden_size": config.hidden_size,
@@ -38,12 +38,20 @@ class ModelShape:
             "eos_token_id": self.eos_token_id,
             "pad_token_id": self.pad_token_id,
             "hidden_act": "silu",
-            "attention_bias": False,
             "attention_dropout": 0.0,
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": config.tie_word_embeddings,
             "use_cache": True,
             "torch_dtype": config.dtype,
         }
+        if config.family == "qwen2":
+            return {
+                "architectures": ["Qwen2ForCausalLM"],
+                "model_type": "qwen2",
+                "intermediate_size": config.intermediate_size,
+                "use_sliding_window": False,
+                **common,
+            }
+        common["attention_bias"] = False
         if not self.is_moe:
             return {
                 "architectures": ["Qwen3ForCausalLM"],
@@ -58,7 +66,7 @@ class ModelShape:
             "moe_intermediate_size": config.moe_intermediate_size,
             "num_experts": config.num_experts,
             "num_experts_per_tok": config.num_experts_per_tok,
-            "norm_topk_prob": True,
+            "norm_topk_prob": config.norm_topk_prob,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
             "output_router_logits": False,

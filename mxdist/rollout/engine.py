@@ -45,7 +45,7 @@ class Engine:
             load_format="dummy",
             dtype=config.model.dtype,
             enforce_eager=True,
-            max_model_len=config.model.max_position_embeddings,
+            max_model_len=config.context,
             max_num_seqs=config.rollout.max_sequences,
             kv_cache_memory_bytes=config.rollout.kv_cache_mib << 20,
             block_size=KV_BLOCK,

@@ -148,11 +148,11 @@ class RolloutWorker:
     def _parameters(self, prompt: Prompt, index: int, sampling: SamplingSettings) -> "SamplingParams":
         from mxdist.rollout.engine import sampling_params
 
-        context = self._config.model.max_position_embeddings
+        context = self._config.context
         if len(prompt.tokens) > context - 1:
             raise UserError(
                 f"prompt {prompt.key} has {len(prompt.tokens)} tokens, but at most {context - 1} fit into "
-                f"the context of {context} with an answer; raise model.max_position_embeddings or drop it"
+                f"the context of {context} with an answer; raise {self._config.context_key} or drop it"
             )
         seed = derive_seed(sampling.seed, prompt.key, index)
         room = min(sampling.max_new_tokens, context - len(prompt.tokens))

@@ -25,7 +25,7 @@ def make_task(config: Config, tokenizer_directory: Path | None = None) -> Task:
         task = ArithmeticTask(data, seed)
     else:
         saved = None if tokenizer_directory is None else TaskTokenizer.load(tokenizer_directory)
-        task = Gsm8kTask(data, seed, config.model.max_position_embeddings, saved)
+        task = Gsm8kTask(data, seed, config.context, saved)
     if config.algorithm.prompts_per_step > task.training_size:
         raise UserError(
             f"algorithm.prompts_per_step={config.algorithm.prompts_per_step} is more than the {task.training_size} "
@@ -36,12 +36,12 @@ def make_task(config: Config, tokenizer_directory: Path | None = None) -> Task:
 
 
 def _require_prompts_fit(task: Task, config: Config) -> None:
-    context, answer = config.model.max_position_embeddings, config.rollout.max_new_tokens
+    context, answer = config.context, config.rollout.max_new_tokens
     longest = task.longest_prompt()
     length, limit = len(longest.tokens), context - answer
     if length > limit:
         raise UserError(
-            f"the prompt of {task.describe(longest)} has {length} tokens, but model.max_position_embeddings={context} "
-            f"less rollout.max_new_tokens={answer} leaves {limit}; raise model.max_position_embeddings to at least "
+            f"the prompt of {task.describe(longest)} has {length} tokens, but {config.context_key}={context} "
+            f"less rollout.max_new_tokens={answer} leaves {limit}; raise {config.context_key} to at least "
             f"{length + answer}"
         )

@@ -1,0 +1,62 @@
+"""Which learner layouts a model can be divided over. Raises ValueError, for the validators of ``schema``."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mxdist.config.schema import LearnerConfig, ModelConfig
+
+BLOCK = 32
+"""Elements that share a scale."""
+
+MACRO_BLOCK = 128
+"""Elements that share a macro-block factor."""
+
+
+def check_layout(model: "ModelConfig", learner: "LearnerConfig", quantum: int) -> None:
+    """Raise ValueError, one sentence, when ``learner.ranks`` cannot hold ``model`` as asked.
+
+    Args:
+        quantum: elements along a row that are quantised together (1, ``BLOCK`` or ``MACRO_BLOCK``): ranks that share
+            a row must share it at a multiple of these, or they would compute other codes than an undivided model.
+    """
+    tensor, pipeline, expert = learner.tensor_parallel, learner.pipeline_parallel, learner.expert_parallel
+    if learner.ranks % (tensor * pipeline):
+        raise ValueError(
+            f"learner.tensor_parallel={tensor} times learner.pipeline_parallel={pipeline} does not divide "
+            f"learner.ranks={learner.ranks}; make learner.ranks a multiple of {tensor * pipeline}"
+        )
+    stage = learner.ranks // pipeline
+    if stage % expert:
+        ranks = f"learner.ranks={stage}" if pipeline == 1 else f"the {stage} learner ranks of a pipeline stage"
+        raise ValueError(f"learner.expert_parallel={expert} does not divide {ranks}; choose a divisor of {stage}")
+    if model.num_experts == 0 and expert > 1:
+        raise ValueError(
+            f"learner.expert_parallel={expert} needs experts, but model.num_experts is 0 "
+            f"(a dense model); set learner.expert_parallel=1"
+        )
+    _divides("learner.expert_parallel", expert, "model.num_experts", model.num_experts)
+    _divides("learner.pipeline_parallel", pipeline, "model.num_hidden_layers", model.num_hidden_layers)
+    if tensor > 1:
+        _check_tensor_parallel(model, tensor, quantum)
+
+
+def _check_tensor_parallel(model: "ModelConfig", ranks: int, quantum: int) -> None:
+    key = "learner.tensor_parallel"
+    _divides(key, ranks, "model.num_key_value_heads", model.num_key_value_heads)
+    _divides(key, ranks, "model.hidden_size", model.hidden_size)
+    if model.vocab_size is not None:
+        _divides(key, ranks, "model.vocab_size", model.vocab_size)
+    widths = {"model.num_attention_heads * model.head_dim": model.num_attention_heads * model.head_dim}
+    if model.num_experts == 0:
+        widths["model.intermediate_size"] = model.intermediate_size
+    for name, width in widths.items():
+        if width % (ranks * quantum):
+            raise ValueError(
+                f"{key}={ranks} would cut {name}={width} inside a group of {quantum} that is quantised together; "
+                f"choose a smaller {key}, or a recipe without macro-block scaling"
+            )
+
+
+def _divides(key: str, ranks: int, name: str, count: int) -> None:
+    if count % ranks:
+        raise ValueError(f"{key}={ranks} does not divide {name}={count}; choose a divisor of {count}")
