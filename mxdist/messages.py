@@ -86,7 +86,8 @@ class RolloutResult:
     groups: tuple[Group, ...]
     entropy: EntropyStatistics  # estimated from the sampled tokens' log-probabilities
     seconds: float
-    perturbed_modules: int  # norms that carried noise while these were sampled
+    perturbed_modules: int  # norms whose weights noise changed while these were sampled
+    applied_sigma: float  # root mean square of that change; below sigma where the dtype rounds it away
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ quantised bytes (QeRL, arXiv 2510.11696, section 3.3). Which norms (mxfp4_facts 
 This file knows torch, not the engine: it is handed named parameters and may write to those only.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from mxdist.errors import RunStopped
 from mxdist.messages import Noise
 from mxdist.seeds import derive_seed
 
@@ -52,6 +54,13 @@ def select_norms(weights: Iterable[tuple[str, torch.Tensor]], routed_layers: fro
     return sorted(chosen, key=lambda norm: (norm.layer, norm.name))
 
 
+class Applied(NamedTuple):
+    """What noise did to the live weights, in their own dtype: bfloat16 rounds small noise away."""
+
+    norms: int  # that changed
+    sigma: float  # root mean square of the change, over the channels of all norms
+
+
 class NoiseInjector:
     """Perturbs norm weights for the length of a ``with`` block.
 
@@ -82,17 +91,18 @@ class NoiseInjector:
         return tuple(sorted(norm.name for norm in self._norms))
 
     @contextmanager
-    def perturbed(self, noise: Noise) -> Iterator[int]:
-        """Add N(0, sigma^2), absolute and per channel, inside the block; yield how many norms carry it.
+    def perturbed(self, noise: Noise) -> Iterator[Applied]:
+        """Add N(0, sigma^2), absolute and per channel, inside the block; yield what changed.
 
         Two norms of one layer draw different noise; the draw depends on noise.seed, layer and kind of norm only, so
         every rank of every engine draws the same. On leaving, also by an exception, every weight has its old bits.
 
         Raises:
             RuntimeError: sigma > 0 but there is no norm to perturb, or blocks are nested.
+            RunStopped: sigma > 0 is so small that no weight changed in the model's dtype.
         """
         if noise.sigma == 0:
-            yield 0
+            yield Applied(0, 0.0)
             return
         if not self._norms:
             raise RuntimeError(f"noise of sigma={noise.sigma} was asked for, but no norm of the model can carry it")
@@ -103,12 +113,23 @@ class NoiseInjector:
         try:
             for norm in self._norms:
                 _add_noise(norm, noise)
-            yield len(self._norms)
+            yield self._applied(noise, clean)
         finally:
             # Copied back, not subtracted: (w + z) - z is not w in floating point.
             for norm, weight in zip(self._norms, clean, strict=True):
                 norm.weight.detach().copy_(weight)
             self._active = False
+
+    def _applied(self, noise: Noise, clean: Sequence[torch.Tensor]) -> Applied:
+        changes = [norm.weight.detach().float() - old.float() for norm, old in zip(self._norms, clean, strict=True)]
+        sums = torch.stack([change.square().sum() for change in changes]).tolist()
+        norms = sum(total > 0 for total in sums)
+        if not norms:
+            raise RunStopped(
+                f"noise of sigma={noise.sigma:g} changes no norm weight in {self._norms[0].weight.dtype}, whose steps "
+                f"are larger; raise aqn.sigma_end, or set aqn.mode=disabled"
+            )
+        return Applied(norms, math.sqrt(sum(sums) / sum(change.numel() for change in changes)))
 
 
 def _add_noise(norm: NoisyNorm, noise: Noise) -> None:

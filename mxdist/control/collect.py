@@ -66,6 +66,7 @@ class Collected:
     entropy: EntropyStatistics
     noise: Noise
     perturbed_modules: int
+    applied_sigma: float
     rollout_seconds: float
     extra_batches: int
     without_signal: int  # groups kept whose rewards are all equal
@@ -118,6 +119,7 @@ class Collector:
             entropy=sum((result.entropy for result in results), EntropyStatistics()),
             noise=batch.noise,
             perturbed_modules=min(result.perturbed_modules for result in results),
+            applied_sigma=min(result.applied_sigma for result in results),
             rollout_seconds=sum(result.seconds for result in results),
             extra_batches=len(results) - 1,
             without_signal=sum(not group.has_signal for group in scored),

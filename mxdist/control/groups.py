@@ -93,4 +93,5 @@ def merge_results(results: Sequence[RolloutResult]) -> RolloutResult:
         entropy=entropy,
         seconds=max(result.seconds for result in results),
         perturbed_modules=min(result.perturbed_modules for result in results),
+        applied_sigma=min(result.applied_sigma for result in results),
     )

@@ -38,6 +38,7 @@ def step_metrics(
         "off_policy/staleness/mean": float(staleness.mean()),
         "off_policy/staleness/max": float(staleness.max()),
         "aqn/sigma": collected.noise.sigma,
+        "aqn/sigma_applied": collected.applied_sigma,
         "aqn/perturbed_modules": float(collected.perturbed_modules),
         "perf/throughput": tokens / seconds,
         "timing_s/generate": collected.rollout_seconds,

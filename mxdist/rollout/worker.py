@@ -123,13 +123,13 @@ class RolloutWorker:
             for index in range(sampling.samples_per_prompt)
         ]
         tokens = [prompt.tokens for prompt in request.prompts for _ in range(sampling.samples_per_prompt)]
-        with self._injector.perturbed(noise) as perturbed:
-            if perturbed:
+        with self._injector.perturbed(noise) as applied:
+            if applied.norms:
                 self._engine.forget_prefixes()
             try:
                 outputs = self._engine.generate(tokens, parameters)
             finally:
-                if perturbed:
+                if applied.norms:
                     self._engine.forget_prefixes()
         samples = [_sample(output) for output in outputs]
         size = sampling.samples_per_prompt
@@ -137,7 +137,7 @@ class RolloutWorker:
             Group(prompt, tuple(samples[i * size : (i + 1) * size]), self._version, noise.sigma)
             for i, prompt in enumerate(request.prompts)
         )
-        return RolloutResult(groups, _entropy(samples), time.perf_counter() - started, perturbed)
+        return RolloutResult(groups, _entropy(samples), time.perf_counter() - started, *applied)
 
     def shutdown(self) -> None:
         """Free the engine. The process can exit afterwards; it cannot start another one."""

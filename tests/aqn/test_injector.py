@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mxdist.aqn.injector import NoiseInjector, NoisyNorm, select_norms
+from mxdist.errors import RunStopped
 from mxdist.messages import Noise
 
 LAYERS = 3
@@ -36,7 +37,7 @@ def test_only_norms_that_feed_linears_but_no_router_change_and_all_come_back(
     norms = model_norms(dtype)
     injector = NoiseInjector(select_norms(norms, routed), routed)
     before = bits(norms)
-    with injector.perturbed(NOISE) as count:
+    with injector.perturbed(NOISE) as applied:
         during = changed(before, bits(norms))
     expected = [
         f"model.layers.{layer}.{norm}"
@@ -46,7 +47,8 @@ def test_only_norms_that_feed_linears_but_no_router_change_and_all_come_back(
     ]
     assert during == expected
     assert list(injector.names) == sorted(expected)
-    assert count == len(expected)
+    assert applied.norms == len(expected)
+    assert applied.sigma == pytest.approx(NOISE.sigma, rel=0.02)
     assert changed(before, bits(norms)) == []
 
 
@@ -84,8 +86,25 @@ def test_two_engines_draw_the_same_noise_and_another_seed_draws_another() -> Non
 
 
 def test_no_noise_needs_no_norm_and_changes_nothing() -> None:
-    with NoiseInjector([], frozenset()).perturbed(Noise(0.0, 11)) as count:
-        assert count == 0
+    with NoiseInjector([], frozenset()).perturbed(Noise(0.0, 11)) as applied:
+        assert applied == (0, 0)
+
+
+def test_noise_that_the_dtype_rounds_away_is_counted_as_it_arrived() -> None:
+    # Around 1, bfloat16 has steps of 2^-8 below and 2^-7 above.
+    norms = [(f"model.layers.{layer}.input_layernorm", torch.ones(512, dtype=torch.bfloat16)) for layer in range(4)]
+    injector = NoiseInjector(select_norms(norms, frozenset()), frozenset())
+    with injector.perturbed(Noise(1e-3, 11)) as applied:
+        moved = torch.cat([weight.float() - 1 for _, weight in norms])
+    assert applied.norms == sum(bool(part.any()) for part in moved.split(512))
+    assert applied.sigma == pytest.approx(float(moved.square().mean().sqrt()), rel=1e-6)
+    assert applied.sigma < 0.9e-3
+    with (
+        pytest.raises(RunStopped, match="changes no norm weight"),
+        injector.perturbed(Noise(1e-4, 11)),
+    ):
+        pass
+    assert all(bool((weight == 1).all()) for _, weight in norms)
 
 
 def test_noise_that_reaches_no_module_is_an_error() -> None:

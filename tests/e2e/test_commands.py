@@ -76,6 +76,7 @@ def test_noise_reaches_norms_once_the_silent_stage_is_over(trained: Outcome, run
     step = metrics_of(run_dir)[2]
     assert step["aqn/sigma"] > 0
     assert step["aqn/perturbed_modules"] == 2
+    assert step["aqn/sigma_applied"] == pytest.approx(step["aqn/sigma"], rel=0.3)  # of 64 draws
     assert step["rollout_corr/logprob_abs_diff"] > 1e-5  # the engine sampled with noise, the learner scores without
 
 
