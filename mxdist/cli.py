@@ -69,9 +69,9 @@ def evaluate(run_dir: RunDir, settings: Settings = None) -> None:
     Of the newest checkpoint, with quantised weights and with BF16 weights.
     """
     _check_run(run_dir, settings)
-    from mxdist.control import app as control
+    from mxdist.control import evaluation
 
-    control.evaluate(run_dir, settings or [])
+    evaluation.evaluate(run_dir, settings or [])
 
 
 @app.command()

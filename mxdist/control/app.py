@@ -1,37 +1,23 @@
-"""What the commands do: prepare everything that can fail cheaply, start the processes, run, and always stop them."""
+"""The commands train and resume: prepare everything that can fail cheaply, start the processes, and run."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-
-import ray
 
 from mxdist.aqn.controller import AqnController
 from mxdist.config import Config, load_config
 from mxdist.control.checkpoints import CheckpointStore, ControllerState
-from mxdist.control.collect import Collector, RewardPool
-from mxdist.control.groups import LearnerGroup, RolloutPool
-from mxdist.control.loop import Trainer, greedy_accuracy, in_words
-from mxdist.control.processes import start_learners, start_ray, start_reward_workers, start_rollout_workers
-from mxdist.control.waits import wait_for
+from mxdist.control.collect import Collector
+from mxdist.control.loop import Trainer
+from mxdist.control.system import running
 from mxdist.control.weights import WeightSync
 from mxdist.errors import UserError
-from mxdist.messages import EngineReport, LearnerReport
-from mxdist.model.linear_names import linear_names
-from mxdist.model.recipes import ModelRecipes, model_recipes
-from mxdist.model.shape import ModelShape
+from mxdist.model.recipes import model_recipes
 from mxdist.observe.console import Console
 from mxdist.observe.loggers import Loggers
-from mxdist.observe.module_names import compact_names
 from mxdist.observe.rollout_files import RolloutFiles
-from mxdist.observe.run_directory import RunDirectory
-from mxdist.sync.parity import compare_modules
+from mxdist.observe.run_directory import TOKENIZER, RunDirectory
 from mxdist.tasks.base import Cursor, Task
 from mxdist.tasks.registry import make_task
-
-TOKENIZER = "tokenizer"  # folder of a run directory
 
 
 def train(config: Config) -> None:
@@ -60,27 +46,6 @@ def resume(run_path: Path, overrides: list[str]) -> None:
                 f"add run.steps=N with a larger N"
             )
         _train(config, make_task(config, run_dir.path / TOKENIZER), run_dir, (state, learner_folder))
-
-
-def evaluate(run_path: Path, overrides: list[str]) -> dict[str, float]:
-    """Greedy accuracy of the newest checkpoint on the held-out problems, with quantised and with BF16 weights."""
-    with RunDirectory.open(run_path) as run_dir:
-        config = load_config(run_dir.config_path, overrides)
-        state, learner_folder = CheckpointStore(run_dir.path).newest()
-        task = make_task(config, run_dir.path / TOKENIZER)
-        problems = len(task.eval_prompts())
-        accuracies: dict[str, float] = {}
-        with Console(run_dir.path) as console:
-            plain = config.model_copy(update={"recipe": "bf16", "recipe_overrides": ()})
-            for recipe, variant in {_recipe_in_words(config): config, "bf16": plain}.items():
-                with running(variant, task, run_dir.path, console) as system:
-                    system.learners.load(learner_folder)
-                    sync = WeightSync(system.learners, system.pool, variant)
-                    sync.push(state.step)
-                    sync.check_all()
-                    accuracies[recipe] = greedy_accuracy(variant, task, system.pool, system.rewards)
-                console.note(f"step {state.step}, recipe {recipe}: {in_words(accuracies[recipe], problems)}")
-        return accuracies
 
 
 def _require_same_run(saved: Config, config: Config) -> None:
@@ -136,74 +101,3 @@ def _train(config: Config, task: Task, run_dir: RunDirectory, checkpoint: tuple[
         )
         trainer.run(first_step, fresh=checkpoint is None)
         console.finished(run_dir.path)
-
-
-@dataclass(frozen=True)
-class System:
-    """All processes of a run, up and agreed on which modules are quantised."""
-
-    shape: ModelShape
-    learners: LearnerGroup
-    pool: RolloutPool
-    rewards: RewardPool
-
-
-@contextmanager
-def running(config: Config, task: Task, run_path: Path, console: Console) -> Iterator[System]:
-    """Start Ray and every process, and stop them all on the way out, whatever happened."""
-    model_recipes(config)  # refuses overrides that do not fit the model
-    tokenizer = task.tokenizer
-    shape = ModelShape(
-        config.model, tokenizer.vocab_size, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    )
-    console.phase("starting Ray")
-    try:
-        start_ray(config)
-        console.phase("starting learner, rollout and reward processes")
-        learner_processes = start_learners(config, shape)
-        learners = LearnerGroup(learner_processes, config)
-        building = learners.build()
-        pool = RolloutPool(start_rollout_workers(config, shape, run_path / "engines"), config)
-        engines_starting = pool.start()
-        rewards = RewardPool(start_reward_workers(config), config, task)
-        learner_reports: list[LearnerReport] = wait_for(building, config.deadlines.start, "start")
-        engine_reports: list[EngineReport] = wait_for(engines_starting, config.deadlines.start, "start")
-        _agree_on_modules(config, learner_reports, engine_reports, console)
-        yield System(shape, learners, pool, rewards)
-    finally:
-        ray.shutdown()
-
-
-def _agree_on_modules(
-    config: Config, learners: list[LearnerReport], engines: list[EngineReport], console: Console
-) -> None:
-    """Print what is quantised on both sides and refuse to go on when a side has nothing or the sides differ."""
-    ours = sorted({name for report in learners for name in report.quantised_modules})
-    recipes = model_recipes(config)
-    expected = [name for name in linear_names(config.model) if recipes.of(name).w is not None]
-    for line, full in _by_recipe(ours, recipes):
-        console.note(f"learner: {line}", full=full)
-    for index, report in enumerate(engines):
-        theirs = list(report.quantised_modules)
-        for line, full in _by_recipe(theirs, recipes):
-            console.note(f"rollout worker {index}: {line}", full=full)
-        compare_modules(ours, theirs, quantises=bool(expected))
-    memory = [f"learner rank {report.rank} {report.resident_mib:.0f} MiB" for report in learners]
-    memory += [f"rollout worker {index} {report.resident_mib:.0f} MiB" for index, report in enumerate(engines)]
-    console.note(f"resident memory: {', '.join(memory)}")
-    console.note(f"noise goes to {len(engines[0].noise_modules)} norms: {compact_names(engines[0].noise_modules)}")
-
-
-def _by_recipe(quantised: Sequence[str], recipes: ModelRecipes) -> Iterator[tuple[str, list[str]]]:
-    """One line for each recipe of the quantised linears, and their full names."""
-    groups: dict[str, list[str]] = {}
-    for name in quantised:
-        groups.setdefault(recipes.of(name).name, []).append(name)
-    for recipe, names in groups.items():
-        yield f"{len(names)} linears in {recipe}: {compact_names(names)}", names
-    if not groups:
-        yield f"0 linears quantised (recipe {recipes.policy.default})", []
-
-
-def _recipe_in_words(config: Config) -> str:
-    return config.recipe + (" with recipe_overrides" if config.recipe_overrides else "")

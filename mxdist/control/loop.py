@@ -20,13 +20,13 @@ from mxdist.config.schema import Supervised
 from mxdist.control.batch import Answered, build_batch, pad_sequences, token_weights
 from mxdist.control.checkpoints import CheckpointStore, ControllerState
 from mxdist.control.collect import Collected, Collector, RewardPool
-from mxdist.control.groups import LearnerGroup, RolloutPool, merge_results
+from mxdist.control.evaluation import greedy_accuracy, in_words
+from mxdist.control.groups import LearnerGroup, RolloutPool
 from mxdist.control.schedule import learning_rate, warm_start_learning_rate
 from mxdist.control.step_metrics import step_metrics
-from mxdist.control.waits import wait_for
 from mxdist.control.weights import WeightSync
 from mxdist.learner.losses import get_objective
-from mxdist.messages import EntropyStatistics, Noise, SamplingSettings, UpdateReport
+from mxdist.messages import EntropyStatistics, UpdateReport
 from mxdist.model.shape import ModelShape
 from mxdist.observe.console import Console
 from mxdist.observe.loggers import Loggers
@@ -37,7 +37,7 @@ from mxdist.tasks.base import Task
 
 @dataclass
 class Trainer:
-    """One run. All processes are up and hold the same modules; see ``control.app`` for how they got there."""
+    """One run. All processes are up and hold the same modules; see ``control.system`` for how they got there."""
 
     config: Config
     task: Task
@@ -160,19 +160,3 @@ class Trainer:
         started = time.monotonic()
         yield
         self._seconds[name] = time.monotonic() - started
-
-
-def greedy_accuracy(config: Config, task: Task, pool: RolloutPool, rewards: RewardPool) -> float:
-    """Share of the held-out problems whose greedy answer is right, with clean weights."""
-    prompts = task.eval_prompts()
-    sampling = SamplingSettings(1, temperature=0.0, max_new_tokens=config.rollout.max_new_tokens, seed=0)
-    pending = pool.generate(-1, prompts, sampling, Noise(0.0, 0), "evaluation")
-    result = merge_results(wait_for(pending, config.deadlines.evaluate, "evaluate"))
-    scored = rewards.score(result.groups, "reward of the evaluation")
-    return float(np.mean([group.parts["accuracy"] for group in scored]))
-
-
-def in_words(accuracy: float, problems: int) -> str:
-    """An accuracy with its standard error."""
-    error = (accuracy * (1 - accuracy) / problems) ** 0.5
-    return f"greedy accuracy {accuracy:.3f} +- {error:.3f} on {problems} problems"

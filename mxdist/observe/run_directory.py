@@ -15,6 +15,7 @@ from mxdist.errors import UserError
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = "lock"
+TOKENIZER = "tokenizer"  # folder
 
 
 class RunDirectory:

@@ -12,10 +12,10 @@ import ray
 
 from mxdist.aqn.controller import AqnController
 from mxdist.config import Config, load_config
-from mxdist.control.app import System, running
 from mxdist.control.checkpoints import CheckpointStore
 from mxdist.control.collect import Collector
 from mxdist.control.loop import Trainer
+from mxdist.control.system import System, running
 from mxdist.control.waits import wait_for
 from mxdist.control.weights import WeightSync
 from mxdist.errors import ParityError
