@@ -24,6 +24,8 @@ def owned_tensors(model: GPTModel, shape: ModelShape) -> Iterator[HfTensor]:
     first = parallel_state.get_data_parallel_rank() == 0
     first_of_experts = parallel_state.get_expert_data_parallel_rank() == 0
     for tensor in hf_tensors(model, shape):
+        if tensor.is_copy:
+            continue
         if first_of_experts if tensor.is_expert else first:
             yield tensor
 

@@ -1,18 +1,22 @@
-"""Where each Hugging Face tensor of a Qwen3 model lives in the Megatron-core model of this rank, both ways.
+"""Where each Hugging Face tensor of a Qwen2 or Qwen3 model lives in the Megatron-core model of this rank, both ways.
 
-Megatron keeps q, k and v in one weight, interleaved by group of query heads ([q.. k v] per key/value head), and gate
-and up in another. Every Hugging Face tensor is therefore some rows of a parameter, in order.
+Megatron keeps q, k and v in one weight (and bias), interleaved by group of query heads ([q.. k v] per key/value head),
+and gate and up in another. Tensor parallelism divides them by groups and by features. What a rank holds of a Hugging
+Face tensor is therefore some rows of a parameter, in order, and a contiguous slice of the whole tensor (``Division``).
+A pipeline stage holds some of the layers; Megatron numbers them over the whole model, from 1.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
+from mxdist.model.division import Division
 from mxdist.model.draws import GradientDraws
 from mxdist.model.linear_names import matrix_name
 from mxdist.model.quantised_weight import QuantisedWeight
@@ -24,13 +28,15 @@ from mxdist.seeds import derive_seed
 
 @dataclass(frozen=True)
 class HfTensor:
-    """One Hugging Face tensor held by this rank."""
+    """What this rank holds of one Hugging Face tensor."""
 
     name: str
     parameter: nn.Parameter
     rows: tuple[slice, ...]  # of the parameter, in the order of the Hugging Face tensor
-    linear: QuantisedWeight | None  # of ours, that owns the parameter
-    is_expert: bool
+    linear: QuantisedWeight | None = None  # of ours, that owns the parameter
+    is_expert: bool = False
+    division: Division = field(default_factory=Division)  # over the tensor-parallel ranks
+    is_copy: bool = False  # of the embedding, on the last pipeline stage; the first owns the tensor
 
     @property
     def module(self) -> QuantisedWeight | None:
@@ -39,16 +45,27 @@ class HfTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of this rank's slice."""
         return (sum(part.stop - part.start for part in self.rows), *self.parameter.shape[1:])
 
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Of the Hugging Face tensor."""
+        return self.division.whole(self.shape)
+
+    @property
+    def region(self) -> tuple[slice, ...]:
+        """Where in the Hugging Face tensor this rank's slice lies."""
+        return self.division.region(self.shape)
+
     def read(self) -> Tensor:
-        """The master weight's values, as a copy or a view."""
+        """The master weight's values of this rank's slice, as a copy or a view."""
         parts = [self.parameter.detach()[part] for part in self.rows]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
-        """Set the master weight's values; ``values`` must have this tensor's shape."""
+        """Set the master weight's values; ``values`` must have the shape of this rank's slice."""
         if tuple(values.shape) != self.shape:
             raise ValueError(f"{self.name} has shape {self.shape}, not {tuple(values.shape)}")
         start = 0
@@ -58,7 +75,7 @@ class HfTensor:
             start = stop
 
     def quantised(self) -> tuple[MXTensor, Tensor]:
-        """The rows of the quantised weight: packed, and the very values that the forward pass multiplies."""
+        """This rank's slice of the quantised weight: packed, and the very values that the forward pass multiplies."""
         assert self.module is not None
         packed, values = self.module.quantised(), self.module.quantised_values()
         assert values is not None
@@ -66,8 +83,10 @@ class HfTensor:
 
 
 def hf_tensors(model: GPTModel, shape: ModelShape) -> Iterator[HfTensor]:
-    """Every Hugging Face tensor that this rank holds all of, in the order of the layers."""
-    yield _whole("model.embed_tokens.weight", model.embedding.word_embeddings)
+    """What this rank holds of every Hugging Face tensor, in the order of the layers."""
+    rows, columns = _divided(0), _divided(1)
+    if model.pre_process:
+        yield _whole("model.embed_tokens.weight", model.embedding.word_embeddings, rows)
     for layer in model.decoder.layers:
         prefix = f"model.layers.{layer.layer_number - 1}"
         yield _whole(f"{prefix}.input_layernorm.weight", layer.input_layernorm)
@@ -77,11 +96,16 @@ def hf_tensors(model: GPTModel, shape: ModelShape) -> Iterator[HfTensor]:
             yield _whole(f"{prefix}.mlp.gate.weight", layer.mlp.router)
             experts = layer.mlp.experts.local_experts
             for index, expert in zip(layer.mlp.local_expert_indices, experts, strict=True):
-                yield from _gated(f"{prefix}.mlp.experts.{index}", expert, is_expert=True)
+                undivided = Division()  # whole experts on each rank, whatever the tensor parallelism
+                yield from _gated(f"{prefix}.mlp.experts.{index}", expert, undivided, undivided, is_expert=True)
         else:
-            yield from _gated(f"{prefix}.mlp", layer.mlp, is_expert=False)
-    yield _whole("model.norm.weight", model.decoder.final_layernorm)
-    yield _whole("lm_head.weight", model.output_layer)
+            yield from _gated(f"{prefix}.mlp", layer.mlp, rows, columns, is_expert=False)
+    if model.post_process:
+        yield _whole("model.norm.weight", model.decoder.final_layernorm)
+        if not shape.config.tie_word_embeddings:
+            yield _whole("lm_head.weight", model.output_layer, rows)
+        elif not model.pre_process:
+            yield _whole("model.embed_tokens.weight", model.output_layer, rows, is_copy=True)
 
 
 def quantised_modules(model: GPTModel, shape: ModelShape) -> tuple[str, ...]:
@@ -102,43 +126,62 @@ def set_up_linears(model: GPTModel, shape: ModelShape, recipes: ModelRecipes, dr
 
 
 def initialise(model: GPTModel, shape: ModelShape, run_seed: int) -> None:
-    """Random initial weights: N(0, initializer_range), norms 1.
+    """Random initial weights: N(0, initializer_range), norms 1, biases 0.
 
-    Every tensor has a generator of its own, seeded with its Hugging Face name, so that the weights do not depend on
-    how they are divided over ranks.
+    Every tensor has a generator of its own, seeded with its Hugging Face name, and is drawn whole, so that the weights
+    do not depend on how they are divided over ranks.
     """
     for tensor in hf_tensors(model, shape):
         if len(tensor.shape) == 1:
-            tensor.write(torch.ones(tensor.shape))
+            tensor.write(torch.full(tensor.shape, 0.0 if tensor.name.endswith(".bias") else 1.0))
             continue
         generator = torch.Generator().manual_seed(derive_seed(run_seed, "init", tensor.name))
-        tensor.write(torch.empty(tensor.shape).normal_(0.0, shape.config.initializer_range, generator=generator))
+        whole = torch.empty(tensor.whole_shape).normal_(0.0, shape.config.initializer_range, generator=generator)
+        tensor.write(whole[tensor.region])
 
 
-def _whole(name: str, module: nn.Module) -> HfTensor:
-    return _rows(name, module, (slice(0, len(module.weight)),))  # type: ignore[arg-type]
+def _divided(dimension: int) -> Division:
+    """Over the tensor-parallel ranks."""
+    index, count = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    return Division(dimension, index, count)
 
 
-def _rows(name: str, module: nn.Module, rows: tuple[slice, ...], is_expert: bool = False) -> HfTensor:
-    linear = module if isinstance(module, QuantisedWeight) else None
-    return HfTensor(name, module.weight, rows, linear, is_expert)  # type: ignore[arg-type]
+def _whole(name: str, module: nn.Module, division: Division | None = None, is_copy: bool = False) -> HfTensor:
+    """A tensor that is a module's weight, as far as this rank holds it."""
+    rows = (slice(0, len(module.weight)),)  # type: ignore[arg-type]
+    return HfTensor(name, module.weight, rows, _ours(module), False, division or Division(), is_copy)  # type: ignore[arg-type]
+
+
+def _ours(module: nn.Module) -> QuantisedWeight | None:
+    return module if isinstance(module, QuantisedWeight) else None
 
 
 def _attention(prefix: str, attention: SelfAttention, shape: ModelShape) -> Iterator[HfTensor]:
-    config = shape.config
-    head, groups = config.head_dim, config.num_key_value_heads
-    queries = config.num_attention_heads // groups * head  # rows of q in one group
+    """The linears and, by family, the biases of q, k and v or the norms of q and k."""
+    config, qkv = shape.config, attention.linear_qkv
+    division = _divided(0)
+    head, groups = config.head_dim, config.num_key_value_heads // division.count
+    queries = config.num_attention_heads // config.num_key_value_heads * head  # rows of q in one group
     starts = range(0, groups * (queries + 2 * head), queries + 2 * head)
     for name, first, count in (("q", 0, queries), ("k", queries, head), ("v", queries + head, head)):
         rows = tuple(slice(start + first, start + first + count) for start in starts)
-        yield _rows(f"{prefix}.{name}_proj.weight", attention.linear_qkv, rows)
-    yield _whole(f"{prefix}.o_proj.weight", attention.linear_proj)
-    yield _whole(f"{prefix}.q_norm.weight", attention.q_layernorm)
-    yield _whole(f"{prefix}.k_norm.weight", attention.k_layernorm)
+        yield HfTensor(f"{prefix}.{name}_proj.weight", qkv.weight, rows, _ours(qkv), division=division)
+        if config.family == "qwen2":
+            yield HfTensor(f"{prefix}.{name}_proj.bias", qkv.bias, rows, division=division)
+    yield _whole(f"{prefix}.o_proj.weight", attention.linear_proj, _divided(1))
+    if config.family == "qwen3":
+        yield _whole(f"{prefix}.q_norm.weight", attention.q_layernorm)
+        yield _whole(f"{prefix}.k_norm.weight", attention.k_layernorm)
 
 
-def _gated(prefix: str, mlp: MLP, is_expert: bool) -> Iterator[HfTensor]:
-    width = len(mlp.linear_fc1.weight) // 2
-    yield _rows(f"{prefix}.gate_proj.weight", mlp.linear_fc1, (slice(0, width),), is_expert)
-    yield _rows(f"{prefix}.up_proj.weight", mlp.linear_fc1, (slice(width, 2 * width),), is_expert)
-    yield _rows(f"{prefix}.down_proj.weight", mlp.linear_fc2, (slice(0, len(mlp.linear_fc2.weight)),), is_expert)
+def _gated(prefix: str, mlp: MLP, rows: Division, columns: Division, is_expert: bool) -> Iterator[HfTensor]:
+    """Gate, up and down: the first two divided along ``rows``, the third along ``columns``."""
+    fc1, fc2 = mlp.linear_fc1, mlp.linear_fc2
+    width = len(fc1.weight) // 2
+    for name, part in (("gate", slice(0, width)), ("up", slice(width, 2 * width))):
+        yield HfTensor(f"{prefix}.{name}_proj.weight", fc1.weight, (part,), _ours(fc1), is_expert, rows)
+    whole = (slice(0, len(fc2.weight)),)
+    yield HfTensor(f"{prefix}.down_proj.weight", fc2.weight, whole, _ours(fc2), is_expert, columns)
