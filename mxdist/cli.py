@@ -37,7 +37,9 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file,
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory that 'mxdist train' made.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's, such as run.seed=1."),
+    typer.Argument(
+        metavar="KEY=VALUE", help="Settings that replace the file's, such as run.seed=1, or more .yaml files."
+    ),
 ]
 
 

@@ -1,7 +1,7 @@
-"""From a YAML file and ``key=value`` arguments to a checked configuration, and back to YAML."""
+"""From YAML files and ``key=value`` arguments to a checked configuration, and back to YAML."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,39 +18,58 @@ from mxdist.errors import UserError
 COMMAND_LINE = "the command line"
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a key was set: a line of a file, or an argument."""
+
+    source: str  # a file's name, or COMMAND_LINE
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.source if self.line is None else f"{self.source} line {self.line}"
+
+
 @dataclass
 class Origins:
     """Where each key was set, for messages."""
 
     file: str
-    places: dict[KeyPath, str]  # by key: "run.yaml line 3", or the command line
+    places: dict[KeyPath, Place]
 
-    def set_on_command_line(self, path: KeyPath) -> None:
+    def set(self, path: KeyPath, places: Mapping[KeyPath, Place]) -> None:
+        """``path`` and all below it now come from ``places``."""
         self.places = {key: place for key, place in self.places.items() if key[: len(path)] != path}
-        self.places[path] = COMMAND_LINE
+        self.places.update(places)
 
     def of(self, path: KeyPath) -> str:
-        """The place of a key, or of the nearest section around it; of a section, also whether keys of it were set."""
+        """The place of a key, or of the nearest section around it; of a section, also who else set keys of it."""
         around = [path[:length] for length in range(len(path), 0, -1) if path[:length] in self.places]
-        own = self.places[around[0]] if around else self.file
-        inside = {place for key, place in self.places.items() if key[: len(path)] == path}
-        if COMMAND_LINE not in inside or own == COMMAND_LINE:
-            return own
-        return COMMAND_LINE if inside == {COMMAND_LINE} and path else f"{own} and {COMMAND_LINE}"
+        own = self.places[around[0]] if around else Place(self.file)
+        inside = [place.source for key, place in self.places.items() if key[: len(path)] == path]
+        others = [source for source in dict.fromkeys(inside) if source != own.source]
+        if path and others and own.source not in inside:
+            return " and ".join(others)
+        return " and ".join([str(own), *others])
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration file and set ``key=value`` arguments such as ``run.seed=1`` over it.
+    """Read a configuration file, and over it, in their order, further files and ``key=value`` arguments.
 
+    Args:
+        overrides: names of YAML files, whose keys replace those of the same name, and settings such as ``run.seed=1``.
     Relative paths of data are made absolute, so that a run can be resumed from another directory.
 
     Raises:
         UserError: one sentence about the first thing that is wrong, with the key and where it came from.
     """
     document = _read(Path(path))
-    origins = Origins(str(path), {key: f"{path} line {line}" for key, line in document.lines.items()})
+    origins = Origins(str(path), _places(document, path))
     for override in overrides:
-        _set(document.values, override, origins)
+        if "=" not in override and override.endswith((".yaml", ".yml")):
+            overlay = _read(Path(override))
+            _lay_over(document.values, overlay.values, _places(overlay, override), origins)
+        else:
+            _set(document.values, override, origins)
     _choose_default_variants(document.values)
     _take_shape_of_checkpoint(document.values, origins)
     try:
@@ -84,6 +103,27 @@ def _read(path: Path) -> YamlText:
     return document
 
 
+def _places(document: YamlText, file: Path | str) -> dict[KeyPath, Place]:
+    return {key: Place(str(file), line) for key, line in document.lines.items()}
+
+
+def _lay_over(
+    values: dict[str, Any],
+    overlay: dict[str, Any],
+    places: Mapping[KeyPath, Place],
+    origins: Origins,
+    path: KeyPath = (),
+) -> None:
+    """Put the keys of ``overlay`` into ``values``: sections are merged, anything else is replaced."""
+    for key, value in overlay.items():
+        here = (*path, key)
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            _lay_over(values[key], value, places, origins, here)
+        else:
+            values[key] = value
+            origins.set(here, {name: place for name, place in places.items() if name[: len(here)] == here})
+
+
 def _set(values: dict[str, Any], override: str, origins: Origins) -> None:
     """Set one ``key=value`` in place and note where it came from."""
     name, equals, text = override.partition("=")
@@ -98,7 +138,7 @@ def _set(values: dict[str, Any], override: str, origins: Origins) -> None:
             raise UserError(f"unknown key {dotted} ({COMMAND_LINE}): {parent} has no keys")
         target = inner
     target[path[-1]] = read_value(text, f"{COMMAND_LINE}, {name}")
-    origins.set_on_command_line(path)
+    origins.set(path, {path: Place(COMMAND_LINE)})
 
 
 def _choose_default_variants(values: dict[str, Any]) -> None:

@@ -354,6 +354,12 @@ class Config(Section):
                 f"the {per_update} sequences of one update cannot be shared by the {self.data_parallel} data-parallel "
                 f"ranks of learner; change algorithm.prompts_per_step or algorithm.samples_per_prompt"
             )
+        edges = self.bf16_layers.first + self.bf16_layers.last
+        if edges > self.model.num_hidden_layers:
+            raise ValueError(
+                f"bf16_layers.first={self.bf16_layers.first} and bf16_layers.last={self.bf16_layers.last} are more "
+                f"than model.num_hidden_layers={self.model.num_hidden_layers}; lower them, or set recipe=bf16"
+            )
         if self.context > self.model.max_position_embeddings:
             raise ValueError(
                 f"rollout.max_context={self.context} is beyond model.max_position_embeddings="
