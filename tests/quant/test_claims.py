@@ -58,6 +58,16 @@ def test_averaged_over_scales_delta_is_uniform_and_gamma_is_one_over_ln_2() -> N
     assert report["cos_scale_grid"] == pytest.approx(-0.660, rel=0.01)
 
 
+def test_ideal_scales_are_no_lower_bound_of_the_error() -> None:
+    x = sample("gaussian")
+    searched = Operand(scale_rule="even", macro=Macro(method="search", bits=4))
+    parts = components(x, searched)
+    ideal = (parts.deadzone.square().sum() + parts.grid.square().sum()).item() / x.double().square().sum().item()
+    assert ideal == pytest.approx(0.01025, rel=0.01)
+    assert nmse(x, searched) == pytest.approx(0.01011, rel=0.01)
+    assert nmse(x, searched) < 0.995 * ideal
+
+
 def test_a_static_macro_factor_closes_half_of_the_gap_to_ideal_scales_not_all_of_it() -> None:
     x = sample("gaussian")
     parts = components(x[:256], Operand())
