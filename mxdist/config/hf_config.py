@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ _COPIED_WITH_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def model_directory(path: str, only: str | None = None) -> Path:
+def model_directory(path: str, only: Sequence[str] | None = None) -> Path:
     """The local directory of ``model.path``; a hub name is downloaded (and found again in the hub's cache).
 
     Args:
-        only: a file name, when nothing else is needed yet.
+        only: file names, when nothing else is needed yet.
     Raises:
         UserError: neither a directory nor something the hub gave.
     """
@@ -46,7 +46,7 @@ def model_directory(path: str, only: str | None = None) -> Path:
         )
     import huggingface_hub
 
-    wanted = [only] if only else ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # never code, never pickles
+    wanted = list(only) if only else ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # never code, never pickles
     try:
         return Path(huggingface_hub.snapshot_download(path, allow_patterns=wanted))
     except Exception as error:  # the library and the network raise what they like
@@ -63,7 +63,7 @@ def model_settings(path: str) -> dict[str, Any]:
     Raises:
         UserError: no config.json, not JSON, an architecture or a feature that is not supported, code of its own.
     """
-    file = model_directory(path, only="config.json") / "config.json"
+    file = model_directory(path, only=["config.json"]) / "config.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -38,7 +38,11 @@ def running(config: Config, task: Task, run_path: Path, console: Console) -> Ite
     model_recipes(config)  # refuses overrides that do not fit the model
     tokenizer = task.tokenizer
     shape = ModelShape(
-        config.model, tokenizer.vocab_size, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        config.model,
+        config.model.vocab_size or tokenizer.vocab_size,
+        tokenizer.bos_token_id,
+        tokenizer.stop_token_ids,
+        tokenizer.pad_token_id,
     )
     console.phase("starting Ray")
     try:

@@ -11,8 +11,8 @@ class ModelShape:
 
     config: ModelConfig
     vocab_size: int
-    bos_token_id: int
-    eos_token_id: int
+    bos_token_id: int | None
+    stop_token_ids: tuple[int, ...]  # each ends an answer; the first is the tokenizer's own end of sequence
     pad_token_id: int
 
     @property
@@ -35,7 +35,7 @@ class ModelShape:
             "initializer_range": config.initializer_range,
             "vocab_size": self.vocab_size,
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": self.eos_token_id,
+            "eos_token_id": list(self.stop_token_ids) if len(self.stop_token_ids) > 1 else self.stop_token_ids[0],
             "pad_token_id": self.pad_token_id,
             "hidden_act": "silu",
             "attention_dropout": 0.0,

@@ -39,7 +39,7 @@ class RolloutFiles:
 
     def _lines(self, scored: Scored) -> list[str]:
         group = scored.group
-        prompt = self._tokenizer.decode(group.prompt.tokens[1:])  # behind the beginning-of-sequence token
+        prompt = self._tokenizer.decode_prompt(group.prompt.tokens)
         return [
             json.dumps(
                 {

@@ -93,12 +93,12 @@ def check_head_dim(head_dim: int) -> None:
         )
 
 
-def sampling_params(temperature: float, max_tokens: int, eos_token_id: int, seed: int) -> SamplingParams:
+def sampling_params(temperature: float, max_tokens: int, stop_token_ids: Sequence[int], seed: int) -> SamplingParams:
     """Parameters of one request. ``temperature`` 0 is greedy; no top-k, top-p or penalty, ever."""
     return SamplingParams(
         temperature=temperature,
         max_tokens=max_tokens,
-        stop_token_ids=[eos_token_id],
+        stop_token_ids=list(stop_token_ids),
         seed=seed if temperature else None,
         logprobs=0,  # of the sampled token alone
         flat_logprobs=True,

@@ -105,7 +105,7 @@ class RolloutWorker:
 
         Each sample has a seed of its own, derived from the request's seed, the prompt's key and the sample's number,
         so it does not depend on the worker that draws it or on the rest of the batch (up to the last bits of a GEMM,
-        which may round otherwise for another batch). The end-of-sequence token is part of an answer.
+        which may round otherwise for another batch). The stop token that ended it is part of an answer.
 
         Raises:
             UserError: a prompt leaves no room for an answer in the model's context.
@@ -156,7 +156,7 @@ class RolloutWorker:
             )
         seed = derive_seed(sampling.seed, prompt.key, index)
         room = min(sampling.max_new_tokens, context - len(prompt.tokens))
-        return sampling_params(sampling.temperature, room, self._shape.eos_token_id, seed)
+        return sampling_params(sampling.temperature, room, self._shape.stop_token_ids, seed)
 
 
 def prepare_vllm() -> None:

@@ -33,7 +33,7 @@ MIXED = {
         {"modules": "*.down_proj", "recipe": "mxfp4_g4"},
     ],
 }
-VOCABULARY, EOS, CONTEXT = 24, 2, 48
+VOCABULARY, STOPS, CONTEXT = 24, (2, 7), 48
 CLEAN = Noise(0.0, 0)
 # The longer ones fill a block of the KV cache, which vLLM shares between requests and keeps from call to call.
 PROMPTS = tuple(
@@ -69,7 +69,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     )
     recipes = MIXED if recipe == "mixed" else {"recipe": recipe}
     config = Config(model=model, **recipes, learner={"expert_parallel": 2 if experts else 1})
-    process = EngineProcess(config, ModelShape(model, VOCABULARY, 1, EOS, 0), tmp_path_factory.mktemp("engine"))
+    process = EngineProcess(config, ModelShape(model, VOCABULARY, 1, STOPS, 0), tmp_path_factory.mktemp("engine"))
     yield process
     process.close()
 
@@ -160,8 +160,8 @@ def test_groups_keep_the_prompts_order_and_carry_version_and_sigma(engine: Engin
     assert result.entropy.tokens == sum(len(sample.tokens) for sample in samples)
     assert result.entropy.total == pytest.approx(-sum(float(sample.logprobs.sum()) for sample in samples), rel=1e-5)
     for sample in samples:
-        assert sample.finished == (sample.tokens[-1] == EOS)
-        assert EOS not in sample.tokens[:-1]
+        assert sample.finished == (sample.tokens[-1] in STOPS)
+        assert not set(STOPS) & set(sample.tokens[:-1].tolist())
         assert sample.finished or len(sample.tokens) == 8
 
 

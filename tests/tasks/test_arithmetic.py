@@ -54,8 +54,8 @@ def test_prompts_and_answers_are_framed_by_bos_and_eos() -> None:
     assert prompt.tokens[0] == task.tokenizer.bos_token_id
     assert task.tokenizer.decode(prompt.tokens[1:]) == prompt.key
     demonstration = task.demonstrations(0, 1)[0]
-    assert demonstration.answer[-1] == task.tokenizer.eos_token_id
-    assert demonstration.answer.count(task.tokenizer.eos_token_id) == 1
+    assert demonstration.answer[-1] == task.tokenizer.stop_token_ids[0]
+    assert demonstration.answer.count(task.tokenizer.stop_token_ids[0]) == 1
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])

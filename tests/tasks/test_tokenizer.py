@@ -36,14 +36,14 @@ def test_the_character_tokenizer_refuses_what_is_not_in_its_alphabet() -> None:
 
 def test_special_tokens_come_first_and_never_out_of_text() -> None:
     for tokenizer in (BPE, CHARACTERS):
-        assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+        assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.stop_token_ids) == (0, 1, (2,))
     assert not {0, 1, 2} & set(BPE.encode("a<eos>b<pad><bos>"))
     assert BPE.decode(BPE.encode("a<eos>b<pad>")) == "a<eos>b<pad>"
 
 
 def test_decoding_stops_at_the_end_of_the_sequence_and_shows_other_special_tokens() -> None:
     (six, two) = CHARACTERS.encode("62")
-    assert CHARACTERS.decode([six, two, CHARACTERS.eos_token_id, six]) == "62"
+    assert CHARACTERS.decode([six, two, CHARACTERS.stop_token_ids[0], six]) == "62"
     assert CHARACTERS.decode([six, CHARACTERS.bos_token_id, two]) == "6<bos>2"
 
 
