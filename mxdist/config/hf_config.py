@@ -25,7 +25,7 @@ _COPIED = (
     "max_position_embeddings",
     "rms_norm_eps",
 )
-_COPIED_WITH_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+_COPIED_WITH_EXPERTS = ("num_experts_per_tok", "moe_intermediate_size")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -112,7 +112,9 @@ def _settings(found: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "family": SUPPORTED[found["architectures"][0]],
         **{key: found[key] for key in _COPIED},
-        **({key: found[key] for key in _COPIED_WITH_EXPERTS} if has_experts else {"num_experts": 0}),
+        **({key: found[key] for key in _COPIED_WITH_EXPERTS} if has_experts else {}),
+        # Published checkpoints say num_experts, transformers 5 writes num_local_experts.
+        "num_experts": found.get("num_local_experts") or found["num_experts"] if has_experts else 0,
         # transformers leaves these out where they have their default
         "head_dim": found.get("head_dim") or found["hidden_size"] // heads,
         "rope_theta": float(found.get("rope_theta") or rope["rope_theta"]),

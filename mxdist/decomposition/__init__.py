@@ -11,5 +11,5 @@
     progress        the bar, or lines
     command         the command itself
 
-Depends on `quant` and `config` alone: no Ray, Megatron, vLLM or transformers. This file imports nothing.
+Depends on `quant`, the files of `model` and `config`: no Ray, Megatron, vLLM, transformers. This file imports nothing.
 """

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mxdist.decomposition.huggingface import HuggingFaceSource, is_huggingface
+from mxdist.decomposition.huggingface import HuggingFaceSource
 from mxdist.decomposition.progress import progress
 from mxdist.decomposition.report import Report, json_text, refuse_existing, write_new
 from mxdist.decomposition.run_checkpoint import RunSource, is_run
@@ -21,6 +21,7 @@ from mxdist.decomposition.source import Source
 from mxdist.decomposition.survey import OnNonFinite, survey
 from mxdist.decomposition.table import show
 from mxdist.errors import UserError
+from mxdist.model.checkpoint_files import is_huggingface
 from mxdist.quant.recipe import PRESETS, Operand, Recipe
 
 JSON_FILE = "decomposition.json"

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mxdist.config.hf_config import model_directory
 from mxdist.config.schema import AlgorithmConfig, Config, Supervised
 from mxdist.learner.losses import get_objective
 from mxdist.learner.microbatches import fill_up, micro_batches, optimizer_batches, rank_share, rejoin
@@ -38,7 +39,11 @@ class LearnerWorker:
         self.recipes = model_recipes(config)
 
     def build(self) -> LearnerReport:
-        """Join the other ranks, build the model with its seeded initial weights and its optimizer."""
+        """Join the other ranks, build the model and its optimizer; weights come from ``model.path`` or the seed.
+
+        Raises:
+            UserError: ``model.path`` is no checkpoint of this model.
+        """
         _quieten_megatron()
         from mxdist.model import megatron_cpu
 
@@ -47,6 +52,7 @@ class LearnerWorker:
         from mxdist.learner.policy import Policy
         from mxdist.model.draws import GradientDraws
         from mxdist.model.gpt import build_gpt
+        from mxdist.model.loading import load_checkpoint
         from mxdist.model.weights import initialise, quantised_modules, set_up_linears
 
         config = self.config
@@ -63,7 +69,10 @@ class LearnerWorker:
         model = build_gpt(self.shape, config.learner.expert_parallel)
         draws = GradientDraws(config.run.seed, self.rank)
         set_up_linears(model, self.shape, self.recipes, draws)
-        initialise(model, self.shape, config.run.seed)
+        if config.model.path is None:
+            initialise(model, self.shape, config.run.seed)
+        else:
+            load_checkpoint(model, self.shape, model_directory(config.model.path))
         self._policy = Policy(model, config.optimizer, draws)
         return LearnerReport(
             rank=self.rank,

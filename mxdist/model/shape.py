@@ -1,4 +1,4 @@
-"""The resolved shape of a model: configuration plus vocabulary, as a Hugging Face config."""
+"""The resolved shape of a model: configuration plus vocabulary, as a Hugging Face config and names of tensors."""
 
 from dataclasses import dataclass
 
@@ -18,6 +18,39 @@ class ModelShape:
     @property
     def is_moe(self) -> bool:
         return self.config.num_experts > 0
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the checkpoint by its Hugging Face name, layer by layer; with tied embeddings no lm_head."""
+        hidden = self.config.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
+        for layer in range(self.config.num_hidden_layers):
+            shapes |= self._layer_shapes(f"model.layers.{layer}")
+        shapes["model.norm.weight"] = (hidden,)
+        if not self.config.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+        return shapes
+
+    def _layer_shapes(self, at: str) -> dict[str, tuple[int, ...]]:
+        config, hidden = self.config, self.config.hidden_size
+        heads, groups = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{at}.input_layernorm.weight": (hidden,),
+            f"{at}.post_attention_layernorm.weight": (hidden,),
+            f"{at}.self_attn.o_proj.weight": (hidden, heads),
+        }
+        for name, rows in (("q", heads), ("k", groups), ("v", groups)):
+            shapes[f"{at}.self_attn.{name}_proj.weight"] = (rows, hidden)
+            if config.family == "qwen2":
+                shapes[f"{at}.self_attn.{name}_proj.bias"] = (rows,)
+        if config.family == "qwen3":
+            shapes |= {f"{at}.self_attn.{name}_norm.weight": (config.head_dim,) for name in "qk"}
+        if self.is_moe:
+            shapes[f"{at}.mlp.gate.weight"] = (config.num_experts, hidden)
+        width = config.moe_intermediate_size if self.is_moe else config.intermediate_size
+        for place in [f"{at}.mlp.experts.{expert}" for expert in range(config.num_experts)] or [f"{at}.mlp"]:
+            shapes |= {f"{place}.{name}_proj.weight": (width, hidden) for name in ("gate", "up")}
+            shapes[f"{place}.down_proj.weight"] = (hidden, width)
+        return shapes
 
     def hf_config(self) -> dict[str, object]:
         """The ``config.json`` of this shape, for transformers and vLLM (families qwen2, qwen3 and qwen3_moe)."""

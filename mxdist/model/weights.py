@@ -63,15 +63,22 @@ class HfTensor:
         parts = [self.parameter.detach()[part] for part in self.rows]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    @torch.no_grad()
     def write(self, values: Tensor) -> None:
         """Set the master weight's values; ``values`` must have the shape of this rank's slice."""
         if tuple(values.shape) != self.shape:
             raise ValueError(f"{self.name} has shape {self.shape}, not {tuple(values.shape)}")
+        self.write_rows(0, values)
+
+    @torch.no_grad()
+    def write_rows(self, first: int, values: Tensor) -> None:
+        """Set the values of consecutive rows of this rank's slice, from ``first`` on."""
         start = 0
         for part in self.rows:
             stop = start + part.stop - part.start
-            self.parameter[part].copy_(values[start:stop])
+            begin, end = max(start, first), min(stop, first + len(values))
+            if begin < end:
+                target = slice(part.start + begin - start, part.start + end - start)
+                self.parameter[target].copy_(values[begin - first : end - first])
             start = stop
 
     def quantised(self) -> tuple[MXTensor, Tensor]:
