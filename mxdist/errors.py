@@ -17,5 +17,17 @@ class ParityError(RunStopped):
     """Learner and engine disagree about quantised modules or about the bytes of a weight."""
 
 
-class DeadlineExceeded(RunStopped):
+class ProcessFailure(RunStopped):
+    """Processes of the run died or stopped answering. What can be replaced is, within ``run.restarts``."""
+
+    def __init__(self, message: str, processes: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.processes = processes  # their names, such as "learner rank 1"
+
+
+class ProcessDied(ProcessFailure):
+    """A process of the run, or the node it was on, is gone."""
+
+
+class DeadlineExceeded(ProcessFailure):
     """A named wait between processes took longer than its deadline."""

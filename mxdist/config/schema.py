@@ -39,6 +39,9 @@ class RunConfig(Section):
     steps: PositiveInt = Field(100, description="Reinforcement-learning steps (optimizer updates of one batch).")
     eval_every: int = Field(0, ge=0, description="Evaluate every so many steps besides start and end; 0: only those.")
     checkpoint_every: int = Field(0, ge=0, description="Checkpoint every so many steps besides the end; 0: only then.")
+    restarts: int = Field(
+        3, ge=0, description="Failures of processes to recover from between two checkpoints before the run stops."
+    )
 
 
 class ModelConfig(Section):
@@ -308,6 +311,11 @@ class DeadlineConfig(Section):
     sync: PositiveSeconds = 120
     checkpoint: PositiveSeconds = 300
     evaluate: PositiveSeconds = 900
+
+    @property
+    def collective(self) -> float:
+        """Seconds for a collective of the learner's ranks: longer than any wait for it, so that the wait speaks."""
+        return max(self.start, self.update, self.sync, self.checkpoint) + 60
 
 
 class Config(Section):

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from mxdist.aqn.controller import AqnController
 from mxdist.config import Config, load_config
-from mxdist.control.checkpoints import CheckpointStore, ControllerState
+from mxdist.control.checkpoints import CheckpointStore
 from mxdist.control.collect import Collector
 from mxdist.control.loop import Trainer
-from mxdist.control.system import running
+from mxdist.control.system import System, running
 from mxdist.control.weights import WeightSync
-from mxdist.errors import UserError
+from mxdist.errors import ProcessFailure, UserError
 from mxdist.model.recipes import model_recipes
 from mxdist.observe.console import Console
 from mxdist.observe.loggers import Loggers
@@ -27,7 +27,7 @@ def train(config: Config) -> None:
     with RunDirectory.create(config) as run_dir:
         task.tokenizer.save(run_dir.path / TOKENIZER)
         try:
-            _train(config, task, run_dir, None)
+            _train(config, task, run_dir)
         except UserError:
             if not CheckpointStore(run_dir.path).steps():  # nothing is lost, and the mended command can be repeated
                 run_dir.discard()
@@ -35,17 +35,16 @@ def train(config: Config) -> None:
 
 
 def resume(run_path: Path, overrides: list[str]) -> None:
-    """Go on from the newest complete checkpoint of a run, with settings changed if asked."""
+    """Go on from the newest complete checkpoint of a run, or from its start; with settings changed if asked."""
     with RunDirectory.open(run_path) as run_dir:
         config = load_config(run_dir.config_path, overrides)
         _require_same_run(load_config(run_dir.config_path), config)
-        state, learner_folder = CheckpointStore(run_dir.path).newest()
-        if state.step >= config.run.steps:
+        done = max(CheckpointStore(run_dir.path).steps(), default=0)
+        if done >= config.run.steps:
             raise UserError(
-                f"{run_path} has reached step {state.step} of run.steps={config.run.steps}; "
-                f"add run.steps=N with a larger N"
+                f"{run_path} has reached step {done} of run.steps={config.run.steps}; add run.steps=N with a larger N"
             )
-        _train(config, make_task(config, run_dir.path / TOKENIZER), run_dir, (state, learner_folder))
+        _train(config, make_task(config, run_dir.path / TOKENIZER), run_dir)
 
 
 def _require_same_run(saved: Config, config: Config) -> None:
@@ -59,22 +58,34 @@ def _require_same_run(saved: Config, config: Config) -> None:
             )
 
 
-def _train(config: Config, task: Task, run_dir: RunDirectory, checkpoint: tuple[ControllerState, Path] | None) -> None:
-    """Train to the end, from the start or from a checkpoint."""
-    state = checkpoint[0] if checkpoint else None
-    first_step = state.step if state else 0
-    aqn = AqnController(config.aqn, state.aqn_steps if state else config.run.steps)
-    if state:
-        aqn.restore(state.aqn)
+def _train(config: Config, task: Task, run_dir: RunDirectory) -> None:
+    """Train to the end, from the newest checkpoint if there is one; from there again when a learner rank fails."""
     with (
         Console(run_dir.path, config.run.steps) as console,
-        Loggers(run_dir.path, config, resume_step=first_step if state else None) as loggers,
         running(config, task, run_dir.path, console) as system,
     ):
-        if checkpoint:
-            system.learners.load(checkpoint[1])
-            run_dir.save_config(config)  # only now is it known that the settings fit the checkpoint
-            console.note(f"resumed from step {first_step}")
+        while True:
+            try:
+                _train_from_newest(config, task, run_dir, system, console)
+                break
+            except ProcessFailure as failure:  # of a learner rank: the others are replaced where they are waited for
+                system.supervisor.take(failure)
+                console.phase("restarting the learner")
+                system.restart_learners()
+        console.finished(run_dir.path)
+
+
+def _train_from_newest(config: Config, task: Task, run_dir: RunDirectory, system: System, console: Console) -> None:
+    checkpoints = CheckpointStore(run_dir.path)
+    state, learner_folder = checkpoints.newest() if checkpoints.steps() else (None, None)
+    first_step = state.step if state else 0
+    aqn = AqnController(config.aqn, state.aqn_steps if state else config.run.steps)
+    if state and learner_folder:
+        aqn.restore(state.aqn)
+        system.learners.load(learner_folder)
+        run_dir.save_config(config)  # only now is it known that the settings fit the checkpoint
+        console.note(f"resumed from step {first_step}")
+    with Loggers(run_dir.path, config, resume_step=first_step if state else None) as loggers:
         trainer = Trainer(
             config=config,
             task=task,
@@ -94,10 +105,10 @@ def _train(config: Config, task: Task, run_dir: RunDirectory, checkpoint: tuple[
                 deque(Cursor.restore(cursor) for cursor in state.ahead) if state else deque(),
             ),
             aqn=aqn,
-            checkpoints=CheckpointStore(run_dir.path),
+            checkpoints=checkpoints,
+            supervisor=system.supervisor,
             loggers=loggers,
             rollouts=RolloutFiles(run_dir.path, config.log.rollout_groups, task.tokenizer),
             console=console,
         )
-        trainer.run(first_step, fresh=checkpoint is None)
-        console.finished(run_dir.path)
+        trainer.run(first_step, fresh=state is None)

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from mxdist.aqn.controller import AqnController
 from mxdist.config import Config
@@ -10,28 +11,30 @@ from mxdist.config.schema import Dapo
 from mxdist.control.batch import ScoredGroup
 from mxdist.control.groups import RolloutPool, merge_results
 from mxdist.control.processes import Process
-from mxdist.control.waits import Pending, wait_for
+from mxdist.control.supervisor import Call, Supervisor, Worker
+from mxdist.control.waits import Pending
 from mxdist.messages import EntropyStatistics, Group, Noise, Prompt, RolloutResult, SamplingSettings
 from mxdist.seeds import derive_seed
 from mxdist.tasks.base import Cursor, RewardResult, Task
 
 
 class RewardPool:
-    """Reward workers; groups are shared among them."""
+    """Reward workers; groups are shared among them. One that fails is replaced."""
 
-    def __init__(self, processes: Sequence[Process], config: Config, task: Task) -> None:
-        self._processes = list(processes)
+    def __init__(self, workers: Sequence[Worker], config: Config, task: Task, supervisor: Supervisor) -> None:
+        self._workers = list(workers)
         self._deadline = config.deadlines.reward
         self._task = task
+        self._supervisor = supervisor
 
     def score(self, groups: Sequence[Group], doing: str) -> list[ScoredGroup]:
-        count = len(self._processes)
-        pending = [
-            process.call(doing, "score", self._items(groups[index::count]))
-            for index, process in enumerate(self._processes)
+        count = len(self._workers)
+        calls = [
+            worker.call(partial(_score, doing=doing, items=self._items(groups[index::count])))
+            for index, worker in enumerate(self._workers)
         ]
         scored: list[ScoredGroup | None] = [None] * len(groups)
-        for index, results in enumerate(wait_for(pending, self._deadline, "reward")):
+        for index, results in enumerate(self._supervisor.results(calls, self._deadline, "reward")):
             share, results = groups[index::count], iter(results)
             scored[index::count] = [self._scored(group, [next(results) for _ in group.samples]) for group in share]
         return [group for group in scored if group is not None]
@@ -49,13 +52,17 @@ class RewardPool:
         return ScoredGroup(group, tuple(result.total for result in results), parts)
 
 
+def _score(process: Process, doing: str, items: list[tuple[str, str, str]]) -> Pending:
+    return process.call(doing, "score", items)
+
+
 @dataclass
 class _Submitted:
     step: int
     cursor_before: Cursor
     prompts: list[Prompt]
     noise: Noise
-    pending: list[Pending]
+    calls: list[Call]
 
 
 @dataclass(frozen=True)
@@ -142,8 +149,8 @@ class Collector:
             max_new_tokens=config.rollout.max_new_tokens,
             seed=derive_seed(run_seed, "rollout", step, extra),
         )
-        pending = self.pool.generate(step, prompts, sampling, noise, f"rollout of step {step}")
-        return _Submitted(step, before, prompts, noise, pending)
+        calls = self.pool.generate(step, prompts, sampling, noise, f"rollout of step {step}")
+        return _Submitted(step, before, prompts, noise, calls)
 
     def _finish(self, batch: _Submitted) -> RolloutResult:
-        return merge_results(wait_for(batch.pending, self.config.deadlines.rollout, "rollout"))
+        return merge_results(self.pool.wait(batch.calls, self.config.deadlines.rollout, "rollout"))

@@ -9,7 +9,6 @@ from mxdist.control.checkpoints import CheckpointStore
 from mxdist.control.collect import RewardPool
 from mxdist.control.groups import RolloutPool, merge_results
 from mxdist.control.system import running
-from mxdist.control.waits import wait_for
 from mxdist.control.weights import WeightSync
 from mxdist.messages import Noise, SamplingSettings
 from mxdist.observe.console import Console
@@ -43,8 +42,8 @@ def greedy_accuracy(config: Config, task: Task, pool: RolloutPool, rewards: Rewa
     """Share of the held-out problems whose greedy answer is right, with clean weights."""
     prompts = task.eval_prompts()
     sampling = SamplingSettings(1, temperature=0.0, max_new_tokens=config.rollout.max_new_tokens, seed=0)
-    pending = pool.generate(-1, prompts, sampling, Noise(0.0, 0), "evaluation")
-    result = merge_results(wait_for(pending, config.deadlines.evaluate, "evaluate"))
+    calls = pool.generate(-1, prompts, sampling, Noise(0.0, 0), "evaluation")
+    result = merge_results(pool.wait(calls, config.deadlines.evaluate, "evaluate"))
     scored = rewards.score(result.groups, "reward of the evaluation")
     return float(np.mean([group.parts["accuracy"] for group in scored]))
 

@@ -1,6 +1,7 @@
 """The learner group and the rollout pool: several processes that act as one."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import ray
 from mxdist.config import Config
 from mxdist.config.schema import AlgorithmConfig, Supervised
 from mxdist.control.processes import Process
+from mxdist.control.supervisor import Call, Supervisor, Worker
 from mxdist.control.waits import Pending, wait_for
 from mxdist.messages import (
     EntropyStatistics,
@@ -55,30 +57,47 @@ class LearnerGroup:
 
 class RolloutPool:
     """All rollout workers. Calls of one worker run in the order they were made, so what is sampled after a sync is
-    sampled with its weights."""
+    sampled with its weights. A worker that fails is replaced while its results are waited for."""
 
-    def __init__(self, processes: Sequence[Process], config: Config) -> None:
-        self._processes = list(processes)
-        self._deadlines = config.deadlines
+    def __init__(self, workers: Sequence[Worker], supervisor: Supervisor) -> None:
+        self._workers = list(workers)
+        self._supervisor = supervisor
 
-    def start(self) -> list[Pending]:
-        return [process.call("start", "start") for process in self._processes]
+    def start(self) -> list[Call]:
+        return [worker.call(lambda process: process.call("start", "start"), "engine") for worker in self._workers]
 
-    def load_weights(self, payloads: Sequence["ray.ObjectRef"], version: int) -> list[Pending]:
+    def load_weights(self, payloads: Sequence["ray.ObjectRef"], version: int) -> list[Call]:
+        """Each worker holds on to the payloads of the weights it has, to give them to a process that replaces its."""
         doing = f"sync of weights version {version}"
-        return [process.call_with_list(doing, "load_weights", payloads) for process in self._processes]
+        return [
+            worker.call(lambda process: process.call_with_list(doing, "load_weights", payloads), "weights")
+            for worker in self._workers
+        ]
 
     def generate(
         self, step: int, prompts: Sequence[Prompt], sampling: SamplingSettings, noise: Noise, doing: str
-    ) -> list[Pending]:
+    ) -> list[Call]:
         """Share the prompts among the workers: worker i takes every i-th."""
-        count = len(self._processes)
-        shares = [tuple(prompts[index::count]) for index in range(count)]
+        count = len(self._workers)
+        requests = [RolloutRequest(step, tuple(prompts[index::count]), sampling, noise) for index in range(count)]
         return [
-            process.call(doing, "generate", RolloutRequest(step, share, sampling, noise))
-            for process, share in zip(self._processes, shares, strict=True)
-            if share
+            worker.call(partial(_generate, doing=doing, request=request))
+            for worker, request in zip(self._workers, requests, strict=True)
+            if request.prompts
         ]
+
+    def wait(self, calls: Sequence[Call], deadline: float, deadline_key: str) -> list[Any]:
+        """Results of calls of this pool, in order; see ``Supervisor.results``."""
+        return self._supervisor.results(calls, deadline, deadline_key)
+
+    def forget_unfinished(self) -> None:
+        """Nobody waits for the calls under way any more: the run goes on from a checkpoint."""
+        for worker in self._workers:
+            worker.forget_unfinished()
+
+
+def _generate(process: Process, doing: str, request: RolloutRequest) -> Pending:
+    return process.call(doing, "generate", request)
 
 
 def merge_results(results: Sequence[RolloutResult]) -> RolloutResult:

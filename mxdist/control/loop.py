@@ -24,6 +24,7 @@ from mxdist.control.evaluation import greedy_accuracy, in_words
 from mxdist.control.groups import LearnerGroup, RolloutPool
 from mxdist.control.schedule import learning_rate, warm_start_learning_rate
 from mxdist.control.step_metrics import step_metrics
+from mxdist.control.supervisor import Supervisor
 from mxdist.control.weights import WeightSync
 from mxdist.learner.losses import get_objective
 from mxdist.messages import EntropyStatistics, UpdateReport
@@ -49,6 +50,7 @@ class Trainer:
     collector: Collector
     aqn: AqnController
     checkpoints: CheckpointStore
+    supervisor: Supervisor
     loggers: Loggers
     rollouts: RolloutFiles
     console: Console
@@ -154,6 +156,7 @@ class Trainer:
                 mxdist_version=__version__,
             )
             self.checkpoints.write(state, self.learners.save)
+        self.supervisor.checkpoint_written()
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

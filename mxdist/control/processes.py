@@ -10,7 +10,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from typing import Any
 import ray
 
 from mxdist.config import Config
+from mxdist.control import stacks
 from mxdist.control.waits import Pending, wait_for
 from mxdist.errors import UserError
 from mxdist.model.shape import ModelShape
 
+LEARNER_NAME = "learner rank"
 LEARNER = "mxdist.learner.worker:LearnerWorker"
 ROLLOUT = "mxdist.rollout.worker:RolloutWorker"
 REWARD = "mxdist.tasks.reward_worker:RewardWorker"
@@ -42,21 +44,29 @@ CONNECT_SECONDS = 5.0
 class WorkerProcess:
     """Runs one worker object in a process of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, stacks_file: Path) -> None:
         logging.disable(logging.WARNING)  # third-party chatter; errors still reach Ray's worker logs
+        stacks.register(stacks_file)
         self._worker: Any = None
+        self._failure: Exception | None = None
 
     def construct(self, path: str, *arguments: Any) -> None:
-        """Make the worker. ``path`` is "module:Class", imported here and nowhere else."""
+        """Make the worker. ``path`` is "module:Class", imported here and nowhere else. Later calls repeat a failure."""
         module, name = path.split(":")
-        self._worker = getattr(import_module(module), name)(*arguments)
+        try:
+            self._worker = getattr(import_module(module), name)(*arguments)
+        except Exception as error:
+            self._failure = error
+            raise
 
     def call(self, method: str, *arguments: Any) -> Any:
+        if self._failure is not None:
+            raise self._failure
         return getattr(self._worker, method)(*arguments)
 
     def call_with_list(self, method: str, *items: Any) -> Any:
         """Call ``method`` with one list. Ray resolves references only when they are arguments of their own."""
-        return getattr(self._worker, method)(list(items))
+        return self.call(method, list(items))
 
     def rendezvous(self, wanted_port: int) -> str | None:
         """tcp://host:port on this node, with a free port for 0; None when the wanted port is taken."""
@@ -73,9 +83,14 @@ class WorkerProcess:
 class Process:
     """The controller's side of one ``WorkerProcess``. Its calls carry its name, for messages."""
 
-    def __init__(self, name: str, cpus: float, gpus: float) -> None:
+    def __init__(self, name: str, cpus: float, gpus: float, stacks_file: Path) -> None:
+        """Ask Ray for it. ``stacks_file``: where it writes its Python stacks when it is asked to."""
         self.name = name
-        self._actor = ray.remote(WorkerProcess).options(num_cpus=cpus, num_gpus=gpus, max_restarts=0).remote()
+        self.stacks = stacks_file
+        stacks_file.unlink(missing_ok=True)  # of an earlier process of this name
+        self._actor = (
+            ray.remote(WorkerProcess).options(num_cpus=cpus, num_gpus=gpus, max_restarts=0).remote(stacks_file)
+        )
 
     def construct(self, path: str, *arguments: Any) -> Pending:
         return self._pending("start", self._actor.construct.remote(path, *arguments))
@@ -90,10 +105,18 @@ class Process:
         return self._pending(doing, self._actor.call_with_list.remote(method, *items))
 
     def kill(self) -> None:
+        """End it, stopped or not: Ray's own request is read by the process, a signal is not."""
         ray.kill(self._actor)
+        there = stacks.place(self.stacks)
+        if there and (process := there.process):
+            process.kill()
 
     def _pending(self, doing: str, ref: "ray.ObjectRef") -> Pending:
         return Pending(ref, self.name, doing, time.monotonic())
+
+
+Starter = Callable[[str, float, float], Process]
+"""Starts a process, given its name, CPUs and GPUs; see ``control.roster``."""
 
 
 def cpus_wanted(config: Config) -> float:
@@ -163,7 +186,7 @@ def _join_cluster(address: str, arguments: dict[str, Any]) -> None:
         raise complaint from None
 
 
-def start_learners(config: Config, shape: ModelShape) -> list[Process]:
+def start_learners(config: Config, shape: ModelShape, start: Starter) -> list[Process]:
     """One process a rank, constructed but not built; rank 0's node holds the rendezvous.
 
     Raises:
@@ -171,7 +194,7 @@ def start_learners(config: Config, shape: ModelShape) -> list[Process]:
     """
     section, deadline = config.learner, config.deadlines.start
     ranks = [
-        Process(f"learner rank {rank}", section.cpus_per_rank, section.gpus_per_rank) for rank in range(section.ranks)
+        start(f"{LEARNER_NAME} {rank}", section.cpus_per_rank, section.gpus_per_rank) for rank in range(section.ranks)
     ]
     [rendezvous] = wait_for([ranks[0].rendezvous(section.port)], deadline, "start")
     if rendezvous is None:
@@ -187,27 +210,3 @@ def start_learners(config: Config, shape: ModelShape) -> list[Process]:
         "start",
     )
     return ranks
-
-
-def start_rollout_workers(config: Config, shape: ModelShape, model_dirs: Path) -> list[Process]:
-    """One engine a process, constructed but not started. ``model_dirs`` gets one model directory for each."""
-    section = config.rollout
-    workers = [
-        Process(f"rollout worker {index}", section.cpus_per_worker, section.gpus_per_worker)
-        for index in range(section.workers)
-    ]
-    wait_for(
-        [
-            worker.construct(ROLLOUT, config, shape, model_dirs / f"engine_{index}")
-            for index, worker in enumerate(workers)
-        ],
-        config.deadlines.start,
-        "start",
-    )
-    return workers
-
-
-def start_reward_workers(config: Config) -> list[Process]:
-    workers = [Process(f"reward worker {index}", REWARD_WORKER_CPUS, 0) for index in range(config.reward.workers)]
-    wait_for([worker.construct(REWARD, config) for worker in workers], config.deadlines.start, "start")
-    return workers

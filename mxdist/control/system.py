@@ -10,8 +10,12 @@ import ray
 from mxdist.config import Config
 from mxdist.control.collect import RewardPool
 from mxdist.control.groups import LearnerGroup, RolloutPool
-from mxdist.control.processes import start_learners, start_ray, start_reward_workers, start_rollout_workers
+from mxdist.control.processes import LEARNER_NAME, start_learners, start_ray
+from mxdist.control.roster import Roster
+from mxdist.control.supervisor import Supervisor
 from mxdist.control.waits import wait_for
+from mxdist.control.workers import reward_workers, rollout_workers
+from mxdist.errors import ProcessFailure
 from mxdist.messages import EngineReport, LearnerReport
 from mxdist.model.linear_names import linear_names
 from mxdist.model.recipes import ModelRecipes, model_recipes
@@ -22,14 +26,22 @@ from mxdist.sync.parity import compare_modules
 from mxdist.tasks.base import Task
 
 
-@dataclass(frozen=True)
+@dataclass
 class System:
     """All processes of a run, up and agreed on which modules are quantised."""
 
+    config: Config
     shape: ModelShape
     learners: LearnerGroup
     pool: RolloutPool
     rewards: RewardPool
+    supervisor: Supervisor
+
+    def restart_learners(self) -> None:
+        """Replace every learner rank; what the other processes have under way is of no interest any more."""
+        _dismiss_learners(self.supervisor)
+        self.pool.forget_unfinished()
+        self.learners, _ = _start_learners(self.config, self.shape, self.supervisor)
 
 
 @contextmanager
@@ -44,22 +56,40 @@ def running(config: Config, task: Task, run_path: Path, console: Console) -> Ite
         tokenizer.stop_token_ids,
         tokenizer.pad_token_id,
     )
+    supervisor = Supervisor(config, Roster(run_path), console.note)
     console.phase("starting Ray")
     try:
         start_ray(config)
         console.phase("starting learner, rollout and reward processes")
-        learner_processes = start_learners(config, shape)
-        learners = LearnerGroup(learner_processes, config)
-        building = learners.build()
-        pool = RolloutPool(start_rollout_workers(config, shape, run_path / "engines"), config)
+        pool = RolloutPool(rollout_workers(config, shape, run_path / "engines", supervisor.roster), supervisor)
         engines_starting = pool.start()
-        rewards = RewardPool(start_reward_workers(config), config, task)
-        learner_reports: list[LearnerReport] = wait_for(building, config.deadlines.start, "start")
-        engine_reports: list[EngineReport] = wait_for(engines_starting, config.deadlines.start, "start")
+        rewards = RewardPool(reward_workers(config, supervisor.roster), config, task, supervisor)
+        learners, learner_reports = _start_learners(config, shape, supervisor)
+        engine_reports: list[EngineReport] = pool.wait(engines_starting, config.deadlines.start, "start")
         _agree_on_modules(config, learner_reports, engine_reports, console)
-        yield System(shape, learners, pool, rewards)
+        yield System(config, shape, learners, pool, rewards, supervisor)
+    except ProcessFailure as failure:
+        raise supervisor.stop(failure) from failure
     finally:
         ray.shutdown()
+
+
+def _start_learners(
+    config: Config, shape: ModelShape, supervisor: Supervisor
+) -> tuple[LearnerGroup, list[LearnerReport]]:
+    """All learner ranks, built; once more from the start when one of them fails meanwhile."""
+    while True:
+        try:
+            learners = LearnerGroup(start_learners(config, shape, supervisor.roster.start), config)
+            return learners, wait_for(learners.build(), config.deadlines.start, "start")
+        except ProcessFailure as failure:
+            supervisor.take(failure)
+            _dismiss_learners(supervisor)
+
+
+def _dismiss_learners(supervisor: Supervisor) -> None:
+    for process in supervisor.roster.named(LEARNER_NAME):
+        supervisor.roster.dismiss(process)
 
 
 def _agree_on_modules(

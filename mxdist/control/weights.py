@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mxdist.config import Config
 from mxdist.control.groups import LearnerGroup, RolloutPool
+from mxdist.control.supervisor import Call
 from mxdist.control.waits import Pending, wait_for
 from mxdist.messages import WeightPayload
 from mxdist.sync.parity import compare_checksums
@@ -17,7 +18,7 @@ from mxdist.sync.payload import learner_checksums
 class _Push:
     version: int
     payloads: list[Pending]  # one a learner rank
-    loads: list[Pending]  # one a rollout worker
+    loads: list[Call]  # one a rollout worker
     started: float
 
 
@@ -59,7 +60,7 @@ class WeightSync:
         expected = learner_checksums(payloads)
         # Behind batches that are still being sampled, the wait is theirs as well.
         patience = self._deadlines.sync + self._max_lag * self._deadlines.rollout
-        for found in wait_for(push.loads, patience, "sync"):
+        for found in self._pool.wait(push.loads, patience, "sync"):
             compare_checksums(expected, found)
         return {
             "sync/bytes": float(sum(payload.nbytes for payload in payloads)),

@@ -90,7 +90,8 @@ def _data_parallel_group() -> torch.distributed.ProcessGroup:
 
 
 def _description(shape: ModelShape) -> dict[str, object]:
-    return {**shape.config.model_dump(), **{k: v for k, v in asdict(shape).items() if k != "config"}}
+    description = {**shape.config.model_dump(), **{k: v for k, v in asdict(shape).items() if k != "config"}}
+    return json.loads(json.dumps(description))  # as it reads when it comes back: lists, not tuples
 
 
 def _raise_if_other_model(directory: Path, shape: ModelShape) -> None:

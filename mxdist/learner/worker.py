@@ -64,7 +64,7 @@ class LearnerWorker:
             self.rendezvous,
             config.learner.expert_parallel,
             config.run.seed,
-            config.deadlines.update,
+            config.deadlines.collective,
         )
         model = build_gpt(self.shape, config.learner.expert_parallel)
         draws = GradientDraws(config.run.seed, self.rank)

@@ -14,10 +14,10 @@ class MetricsFile:
     """Appends to ``metrics.jsonl``; every line is on its way to the disk before ``append`` returns."""
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
-        """Open the file. ``resume_step``: the step a run goes on from; later lines are dropped. None: a new run."""
+        """Open the file. ``resume_step``: the step to go on from; later lines are dropped. None: begin anew."""
         if resume_step is not None and path.exists():
             _rewrite(path, [line for line in read_metrics(path) if line["step"] <= resume_step])
-        self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
+        self._stream = open(path, "w" if resume_step is None else "a", encoding="utf-8")  # noqa: SIM115  (see close)
         self._last = -1 if resume_step is None else resume_step
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -10,6 +10,7 @@ QUIET_ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else Ray warns of a future default at every start
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "worker died or was killed",  # the run says so itself, in one line
     "RAY_USAGE_STATS_ENABLED": "0",
     "TF_CPP_MIN_LOG_LEVEL": "3",  # TensorBoard looks for TensorFlow
     "TRANSFORMERS_VERBOSITY": "error",

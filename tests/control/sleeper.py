@@ -20,3 +20,23 @@ class Sleeper:
 
     def add(self, items: list[int]) -> int:
         return sum(items)
+
+
+class Stateful:
+    """Answers with the weights it was given and what it is asked."""
+
+    def __init__(self, answers: list[str]) -> None:
+        self.answers, self.weights = answers, "none"
+
+    def load_weights(self, weights: list[str]) -> list[str]:
+        [self.weights] = weights
+        return weights
+
+    def answer(self, question: str, die_in: str = "") -> str:
+        if die_in and not os.path.exists(die_in):
+            open(die_in, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return f"{self.answers[0]} {self.weights} {question}"
+
+    def pid(self) -> int:
+        return os.getpid()

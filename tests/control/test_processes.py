@@ -10,6 +10,7 @@ import ray
 
 from mxdist.config import Config
 from mxdist.control.processes import Process, cpus_wanted, start_ray
+from mxdist.control.roster import Roster
 from mxdist.control.waits import wait_for
 from mxdist.errors import DeadlineExceeded, ParityError, RunStopped, UserError
 
@@ -23,11 +24,22 @@ def local_ray() -> Iterator[None]:
 
 
 @pytest.fixture
-def sleeper() -> Iterator[Process]:
-    process = Process("learner rank 7", 0.1, 0)
+def roster(tmp_path: Path) -> Iterator[Roster]:
+    roster = Roster(tmp_path)
+    yield roster
+    for process in roster.named(""):
+        roster.dismiss(process)
+
+
+def started(roster: Roster, name: str) -> Process:
+    process = roster.start(name, 0.1, 0)
     wait_for([process.construct("tests.control.sleeper:Sleeper")], 60, "start")
-    yield process
-    process.kill()
+    return process
+
+
+@pytest.fixture
+def sleeper(roster: Roster) -> Process:
+    return started(roster, "learner rank 7")
 
 
 def test_results_come_in_the_order_of_the_calls(sleeper: Process) -> None:
@@ -57,21 +69,18 @@ def test_a_killed_process_is_named(sleeper: Process) -> None:
         wait_for([sleeper.call("last act", "die")], 30, "update")
 
 
-def test_the_process_that_died_is_named_and_not_the_one_that_noticed(sleeper: Process) -> None:
-    gone = Process("learner rank 8", 0.1, 0)
-    wait_for([gone.construct("tests.control.sleeper:Sleeper")], 60, "start")
+def test_the_process_that_died_is_named_and_not_the_one_that_noticed(sleeper: Process, roster: Roster) -> None:
+    gone = started(roster, "learner rank 8")
     noticed = sleeper.call("work", "fail", "bug")  # as a rank does whose peer closed the connection
     with pytest.raises(RunStopped, match="learner rank 8 died during the work"):
         wait_for([noticed, gone.call("work", "die")], 30, "update")
 
 
-def test_all_processes_that_are_late_are_named(sleeper: Process) -> None:
-    other = Process("learner rank 8", 0.1, 0)
-    wait_for([other.construct("tests.control.sleeper:Sleeper")], 60, "start")
+def test_all_processes_that_are_late_are_named(sleeper: Process, roster: Roster) -> None:
+    other = started(roster, "learner rank 8")
     pending = [process.call("long nap", "sleep", 3) for process in (sleeper, other)]
     with pytest.raises(DeadlineExceeded, match=r"learner rank 7 .*nor did learner rank 8"):
         wait_for(pending, 0.3, "rollout")
-    other.kill()
 
 
 def test_references_in_a_list_reach_the_worker_as_values(sleeper: Process) -> None:

@@ -64,6 +64,7 @@ def train(up: Up, tmp_path: Path, *settings: str, fresh: bool = False) -> list[d
             collector=Collector(config, up.task, system.pool, system.rewards, aqn, Cursor()),
             aqn=aqn,
             checkpoints=CheckpointStore(tmp_path),
+            supervisor=system.supervisor,
             loggers=loggers,
             rollouts=RolloutFiles(tmp_path, 1, up.task.tokenizer),
             console=console,
@@ -146,7 +147,7 @@ def test_one_flipped_bit_on_the_way_is_named_and_stops_the_run(up: Up) -> None:
     damaged = replace(entry, parts={**entry.parts, "codes": codes})
     entries = (*first.entries[:victim], damaged, *first.entries[victim + 1 :])
     references = [ray.put(payload) for payload in (replace(first, entries=entries), *rest)]
-    [found] = wait_for(pool.load_weights(references, 7), 60, "sync")
+    [found] = pool.wait(pool.load_weights(references, 7), 60, "sync")
     with pytest.raises(ParityError, match=f"{entry.name}, part codes"):
         compare_checksums(expected, found)
 

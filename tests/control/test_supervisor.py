@@ -1,0 +1,121 @@
+"""Real processes: what fails is replaced and brought to where it was, and who is late is shown with its stacks."""
+
+import os
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import ray
+
+from mxdist.config import Config
+from mxdist.control.processes import start_ray
+from mxdist.control.roster import Roster
+from mxdist.control.supervisor import Call, Supervisor, Worker
+from mxdist.control.waits import wait_for
+from mxdist.errors import DeadlineExceeded, ProcessFailure, RunStopped
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    start_ray(Config())
+    yield
+    ray.shutdown()
+
+
+class Pool:
+    """One replaceable worker, and the notes of what became of it."""
+
+    def __init__(self, folder: Path, restarts: int = 3) -> None:
+        self.notes: list[str] = []
+        self.roster = Roster(folder)
+        config = Config.model_validate({"run": {"restarts": restarts}})
+        self.supervisor = Supervisor(config, self.roster, self.notes.append)
+        self.worker = Worker(partial(self.roster.start, "rollout worker 0", 0.1, 0))
+        self.results([self.worker.construct("tests.control.sleeper:Stateful", ["yes"])])
+
+    def load(self, weights: str) -> Call:
+        return self.worker.call(lambda p: p.call_with_list("sync", "load_weights", [ray.put(weights)]), "weights")
+
+    def ask(self, question: str, *arguments: object) -> Call:
+        return self.worker.call(lambda p: p.call("rollout", "answer", question, *arguments))
+
+    def results(self, calls: list[Call], deadline: float = 60) -> list[object]:
+        return self.supervisor.results(calls, deadline, "rollout")
+
+    def pid(self) -> int:
+        [pid] = self.results([self.worker.call(lambda p: p.call("look", "pid"))])
+        assert isinstance(pid, int)
+        return pid
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Iterator[Pool]:
+    pool = Pool(tmp_path)
+    yield pool
+    for process in pool.roster.named(""):
+        pool.roster.dismiss(process)
+
+
+def test_a_worker_killed_at_work_is_replaced_given_its_weights_and_asked_again(pool: Pool, tmp_path: Path) -> None:
+    pool.results([pool.load("v1")])
+    calls = [pool.ask("a"), pool.ask("b", str(tmp_path / "died")), pool.load("v2"), pool.ask("c")]
+    assert pool.results(calls) == ["yes v1 a", "yes v1 b", ["v2"], "yes v2 c"]
+    assert len(pool.notes) == 1
+    assert "rollout worker 0 died during the rollout" in pool.notes[0]
+    assert "restart 1 of at most 3" in pool.notes[0]
+
+
+def test_weights_stay_with_the_answers_that_were_asked_for_under_them(pool: Pool) -> None:
+    pool.results([pool.load("v1")])
+    first, newer, second = pool.ask("a"), pool.load("v2"), pool.ask("b")
+    pool.results([newer])  # as an evaluation waits for the newest weights while older answers are not fetched yet
+    os.kill(pool.pid(), signal.SIGKILL)
+    assert pool.results([pool.ask("c")]) == ["yes v2 c"]
+    assert pool.results([first, second]) == ["yes v1 a", "yes v2 b"]
+
+
+def test_an_engine_that_is_stopped_is_reported_ended_and_replaced(pool: Pool, tmp_path: Path) -> None:
+    pool.results([pool.load("v1")])
+    stopped = pool.pid()
+    os.kill(stopped, signal.SIGSTOP)
+    assert pool.results([pool.ask("a")], deadline=2) == ["yes v1 a"]
+    [report] = (tmp_path / "stacks").glob("report_*.txt")
+    assert str(report) in pool.notes[0]
+    text = report.read_text()
+    assert "=== rollout worker 0 (it is waited for)" in text
+    assert f"process {stopped} is stopped" in text
+    assert "=== controller" in text
+    assert "test_supervisor.py" in text  # the controller's own stack
+    assert not Path(f"/proc/{stopped}").exists() or "State:\tZ" in Path(f"/proc/{stopped}/status").read_text()
+
+
+def test_restarts_are_bounded_until_progress_is_made(tmp_path: Path) -> None:
+    pool = Pool(tmp_path, restarts=1)
+    for attempt in (1, 2):
+        os.kill(pool.pid(), signal.SIGKILL)
+        assert pool.results([pool.ask("a")]) == ["yes none a"]
+        if attempt == 1:
+            pool.supervisor.checkpoint_written()
+    os.kill(pool.pid(), signal.SIGKILL)
+    with pytest.raises(RunStopped, match=r"rollout worker 0 died .*; run\.restarts=1 is used up") as caught:
+        pool.results([pool.ask("a")])
+    assert not isinstance(caught.value, ProcessFailure)
+
+
+def test_the_report_of_a_deadline_holds_the_stacks_of_every_process(tmp_path: Path) -> None:
+    roster = Roster(tmp_path)
+    processes = [roster.start(name, 0.1, 0) for name in ("learner rank 0", "learner rank 1")]
+    wait_for([process.construct("tests.control.sleeper:Sleeper") for process in processes], 60, "start")
+    with pytest.raises(DeadlineExceeded) as late:
+        wait_for([processes[1].call("update of step 3", "sleep", 600)], 0.5, "update")
+    text = roster.report(late.value).read_text()
+    assert text.startswith("The controller waited for learner rank 1: learner rank 1 did not finish the update of step")
+    idle, waited_for = text.split("=== learner rank 1 (it is waited for)")
+    assert "sleeper.py" not in idle
+    assert "sleeper.py" in waited_for
+    assert "in sleep" in waited_for
+    for process in processes:
+        roster.dismiss(process)
