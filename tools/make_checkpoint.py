@@ -3,15 +3,15 @@
     python tools/make_checkpoint.py /tmp/3b                        # the shape of Qwen2.5-3B: 6.2 GB of BF16
     python tools/make_checkpoint.py /tmp/moe --shape qwen3-30b-a3b --layers 2
     python tools/make_checkpoint.py /tmp/big --gigabytes 20        # as many layers as that takes
+    python tools/make_checkpoint.py /tmp/small --shape qwen2.5-0.1b --tokenizer-from train.jsonl
 
-For measuring and testing tools that read checkpoints: the weights mean nothing. One shard is in memory at a time, and
-each tensor is seeded by its name, so neither the shard size nor --layers changes the values of a tensor.
+For measuring and testing what reads checkpoints: the weights mean nothing. One shard is in memory at a time, and each
+tensor is seeded by its name, so neither the shard size nor --layers changes the values of a tensor. A tokenizer is
+trained on the questions and answers of a JSON-lines file, such as GSM8K's.
 """
 
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,70 +19,59 @@ import torch
 import typer
 from safetensors.torch import save_file
 
+from mxdist.config.schema import ModelConfig
 from mxdist.errors import UserError
+from mxdist.model.shape import ModelShape
 from mxdist.seeds import derive_seed
+from mxdist.tasks.question_files import read_file
+from mxdist.tasks.tokenizer import SETTINGS_FILE, train_byte_level_bpe
 
 PIECE = 1 << 22  # elements drawn at a time, so that only a piece is ever held in float32
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>\n{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a Qwen2 (biases) or Qwen3 (norms of q and k) model, dense or with experts."""
-
-    model_type: str
-    num_hidden_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int  # of the dense feed-forward part, or of one expert
-    vocab_size: int
-    num_experts: int = 0
-    tie_word_embeddings: bool = True
+def _shape(
+    family: str, layers: int, hidden: int, heads: tuple[int, int, int], width: int, vocabulary: int, experts: int = 0
+) -> ModelShape:
+    """``heads``: query heads, key/value heads, their size. With experts ``width`` is that of one expert."""
+    config = ModelConfig.model_validate(
+        {
+            "family": family,
+            "num_hidden_layers": layers,
+            "hidden_size": hidden,
+            "num_attention_heads": heads[0],
+            "num_key_value_heads": heads[1],
+            "head_dim": heads[2],
+            "num_experts": experts,
+            "num_experts_per_tok": min(8, experts // 2) or 2,
+            "moe_intermediate_size" if experts else "intermediate_size": width,
+            "max_position_embeddings": 32768,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": not experts,
+            "dtype": "bfloat16",
+        }
+    )
+    return ModelShape(config, vocabulary, bos_token_id=1, stop_token_ids=(2,), pad_token_id=0)
 
 
 SHAPES = {
-    "tiny": Shape("qwen3", 2, 256, 4, 2, 64, 768, 512),
-    "tiny-moe": Shape("qwen3_moe", 2, 256, 4, 2, 64, 128, 512, num_experts=4, tie_word_embeddings=False),
-    "qwen2.5-3b": Shape("qwen2", 36, 2048, 16, 2, 128, 11008, 151936),
-    "qwen3-30b-a3b": Shape("qwen3_moe", 48, 2048, 32, 4, 128, 768, 151936, num_experts=128, tie_word_embeddings=False),
+    "tiny": _shape("qwen3", 2, 256, (4, 2, 64), 768, 512),
+    "tiny-moe": _shape("qwen3", 2, 256, (4, 2, 64), 128, 512, experts=4),
+    "qwen2.5-0.1b": _shape("qwen2", 12, 768, (12, 2, 64), 2048, 32768),
+    "qwen2.5-3b": _shape("qwen2", 36, 2048, (16, 2, 128), 11008, 151936),
+    "qwen3-30b-a3b": _shape("qwen3", 48, 2048, (32, 4, 128), 768, 151936, experts=128),
 }
 
 
-def tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Hugging Face names and shapes, layer by layer."""
-    hidden = shape.hidden_size
-    yield "model.embed_tokens.weight", (shape.vocab_size, hidden)
-    for layer in range(shape.num_hidden_layers):
-        yield from _layer_shapes(f"model.layers.{layer}", shape)
-    yield "model.norm.weight", (hidden,)
-    if not shape.tie_word_embeddings:
-        yield "lm_head.weight", (shape.vocab_size, hidden)
+def with_layers(shape: ModelShape, layers: int) -> ModelShape:
+    config = shape.config.model_copy(update={"num_hidden_layers": layers})
+    return ModelShape(config, shape.vocab_size, shape.bos_token_id, shape.stop_token_ids, shape.pad_token_id)
 
 
-def _layer_shapes(layer: str, shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, width = shape.hidden_size, shape.intermediate_size
-    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-        yield f"{layer}.self_attn.{name}.weight", (rows, hidden)
-        if shape.model_type == "qwen2":
-            yield f"{layer}.self_attn.{name}.bias", (rows,)
-    yield f"{layer}.self_attn.o_proj.weight", (hidden, queries)
-    if shape.model_type != "qwen2":
-        yield f"{layer}.self_attn.q_norm.weight", (shape.head_dim,)
-        yield f"{layer}.self_attn.k_norm.weight", (shape.head_dim,)
-    if shape.num_experts:
-        yield f"{layer}.mlp.gate.weight", (shape.num_experts, hidden)
-    experts = [f"experts.{index}." for index in range(shape.num_experts)] or [""]
-    for expert in experts:
-        yield f"{layer}.mlp.{expert}gate_proj.weight", (width, hidden)
-        yield f"{layer}.mlp.{expert}up_proj.weight", (width, hidden)
-        yield f"{layer}.mlp.{expert}down_proj.weight", (hidden, width)
-    yield f"{layer}.input_layernorm.weight", (hidden,)
-    yield f"{layer}.post_attention_layernorm.weight", (hidden,)
-
-
-def write_checkpoint(directory: Path, shape: Shape, seed: int, std: float, shard_bytes: int) -> int:
+def write_checkpoint(directory: Path, shape: ModelShape, seed: int, std: float, shard_bytes: int) -> int:
     """Write the shards and the index of BF16 N(0, std) weights (norms 1, biases 0); return the bytes of weights."""
     directory.mkdir(parents=True, exist_ok=True)
     if any(directory.iterdir()):
@@ -98,17 +87,25 @@ def write_checkpoint(directory: Path, shape: Shape, seed: int, std: float, shard
         total += sum(tensor.nbytes for tensor in content.values())
     index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=1) + "\n")
-    config = {**asdict(shape), "torch_dtype": "bfloat16"}
-    if shape.num_experts:
-        config["moe_intermediate_size"] = config["intermediate_size"]
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(shape.hf_config(), indent=2) + "\n")
     return total
 
 
-def _shards(shape: Shape, shard_bytes: int) -> list[list[tuple[str, tuple[int, ...]]]]:
+def write_tokenizer(directory: Path, text_file: Path, vocab_size: int) -> int:
+    """Train a byte-level BPE with a plain chat template on a file of questions and answers; return its size."""
+    questions = read_file(text_file, "--tokenizer-from", "train")
+    texts = [f"{question.question}\n{question.solution}" for question in questions]
+    tokenizer = train_byte_level_bpe(texts, min(vocab_size, 8192))
+    tokenizer.save(directory)
+    settings = json.loads((directory / SETTINGS_FILE).read_text())
+    (directory / SETTINGS_FILE).write_text(json.dumps(settings | {"chat_template": CHAT_TEMPLATE}, indent=2) + "\n")
+    return tokenizer.vocab_size
+
+
+def _shards(shape: ModelShape, shard_bytes: int) -> list[list[tuple[str, tuple[int, ...]]]]:
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     room = shard_bytes
-    for name, size in tensor_shapes(shape):
+    for name, size in shape.tensor_shapes().items():
         nbytes = 2 * torch.Size(size).numel()
         if shards[-1] and nbytes > room:
             shards.append([])
@@ -128,11 +125,14 @@ def _draw(name: str, size: tuple[int, ...], seed: int, std: float) -> torch.Tens
     return tensor
 
 
-def _with_size(shape: Shape, gigabytes: float) -> Shape:
+def _with_size(shape: ModelShape, gigabytes: float) -> ModelShape:
     """The shape with as many layers as come nearest to that many gigabytes of BF16, at least one."""
-    whole = [2 * torch.Size(size).numel() for _, size in tensor_shapes(replace(shape, num_hidden_layers=0))]
-    layer = [2 * torch.Size(size).numel() for _, size in _layer_shapes("", shape)]
-    return replace(shape, num_hidden_layers=max(1, round((gigabytes * 1e9 - sum(whole)) / sum(layer))))
+    sizes = [
+        sum(2 * torch.Size(size).numel() for size in with_layers(shape, layers).tensor_shapes().values())
+        for layers in (1, 2)
+    ]
+    layer = sizes[1] - sizes[0]
+    return with_layers(shape, max(1, round((gigabytes * 1e9 - sizes[0]) / layer) + 1))
 
 
 def main(
@@ -145,6 +145,7 @@ def main(
     ),
     seed: Annotated[int, typer.Option(help="Seed of all weights.")] = 0,
     shard_megabytes: Annotated[int, typer.Option(min=1, help="Size of a shard, and so of the memory needed.")] = 1000,
+    tokenizer_from: Annotated[Path | None, typer.Option(help="JSON lines to train a tokenizer on.")] = None,
 ) -> None:
     """Write a Hugging Face style directory of random Gaussian weights."""
     if shape not in SHAPES:
@@ -153,9 +154,11 @@ def main(
     if gigabytes:
         chosen = _with_size(chosen, gigabytes)
     if layers:
-        chosen = replace(chosen, num_hidden_layers=layers)
+        chosen = with_layers(chosen, layers)
     total = write_checkpoint(directory, chosen, seed, std, shard_megabytes * 1_000_000)
-    typer.echo(f"{directory}: {chosen.num_hidden_layers} layers, {total / 1e9:.2f} GB")
+    typer.echo(f"{directory}: {chosen.config.num_hidden_layers} layers, {total / 1e9:.2f} GB")
+    if tokenizer_from:
+        typer.echo(f"tokenizer of {write_tokenizer(directory, tokenizer_from, chosen.vocab_size)} tokens")
 
 
 if __name__ == "__main__":
