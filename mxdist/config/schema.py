@@ -138,6 +138,21 @@ class Gsm8kData(Section):
     eval_problems: PositiveInt = Field(1319, description="Evaluate on the first so many problems.")
     vocab_size: int = Field(2048, ge=300, description="Size of the byte-level BPE vocabulary trained on the data.")
     format_reward: Fraction = Field(0.1, description="Reward for an answer in the asked-for form, right or wrong.")
+    template: Literal["plain", "base", "chat"] = Field(
+        "plain",
+        description="plain: Question and Answer, no word more. base: that after an instruction, for pretrained models. "
+        "chat: the chat template of model.path.",
+    )
+    few_shot: int = Field(0, ge=0, le=64, description="Worked examples before each question, from data.train.")
+    chat_arguments: dict[str, bool | int | float | str] = Field(
+        {}, description="Further variables of the chat template, such as enable_thinking: false for Qwen3."
+    )
+
+    @model_validator(mode="after")
+    def _chat_only(self) -> "Gsm8kData":
+        if self.chat_arguments and self.template != "chat":
+            raise ValueError("chat_arguments are for template=chat alone; leave them out, or set template=chat")
+        return self
 
 
 DataConfig = Annotated[ArithmeticData | Gsm8kData, Field(discriminator="task")]

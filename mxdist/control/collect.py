@@ -41,7 +41,7 @@ class RewardPool:
 
     def _items(self, groups: Sequence[Group]) -> list[tuple[str, str, str]]:
         return [
-            (group.prompt.key, self._task.tokenizer.decode(sample.tokens), group.prompt.reference)
+            (group.prompt.key, self._task.answer_text(sample.tokens), group.prompt.reference)
             for group in groups
             for sample in group.samples
         ]

@@ -116,6 +116,11 @@ class ArithmeticTask(Task):
         text = problem.answer_without_carry if forgets else problem.answer
         return Demonstration(self._prompt(problem).tokens, self.tokenizer.answers([text])[0])
 
+    def kind(self, prompt: Prompt) -> str:
+        left, right = map(int, prompt.key.removesuffix("=").split("+"))
+        problem = Sum(left, right, len(prompt.reference))
+        return "no carry" if problem.answer == problem.answer_without_carry else "carry"
+
     def describe(self, prompt: Prompt) -> str:
         return f"the problem {prompt.key}"
 

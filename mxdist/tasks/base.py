@@ -1,7 +1,7 @@
 """What a task is: problems to train on, held-out problems, worked answers, and a position in the training order."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from random import Random
 
@@ -18,6 +18,7 @@ class RewardResult:
 
     total: float
     parts: dict[str, float]
+    final: str  # the final answer as it was read, the same for the same number however written; "" where none is
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,18 @@ class Task(ABC):
     @abstractmethod
     def demonstration(self, index: int, random: Random) -> Demonstration:
         """A worked answer to training problem ``index``; ``random`` decides where the task leaves something open."""
+
+    def left_out(self) -> str:
+        """What the warm start does not show, in a sentence; empty when it shows everything."""
+        return ""
+
+    def answer_text(self, tokens: Iterable[int]) -> str:
+        """The text that a sampled answer is judged by."""
+        return self.tokenizer.decode(tokens)
+
+    def kind(self, prompt: Prompt) -> str:  # noqa: ARG002
+        """The class of problems it belongs to, reported on its own by an evaluation; empty for none."""
+        return ""
 
     @abstractmethod
     def describe(self, prompt: Prompt) -> str:

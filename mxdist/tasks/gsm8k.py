@@ -1,43 +1,48 @@
 """GSM8K as published: school problems in words, worked solutions that end in ``#### n``."""
 
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
+from typing import TypeVar
+
+import numpy as np
 
 from mxdist.config.schema import Gsm8kData
 from mxdist.errors import UserError
 from mxdist.messages import Prompt
+from mxdist.seeds import derive_seed
 from mxdist.tasks.base import Demonstration, Task
 from mxdist.tasks.question_files import Question, read_questions
+from mxdist.tasks.templates import Template, plain_text, template_for
 from mxdist.tasks.tokenizer import TaskTokenizer, train_byte_level_bpe
 
 ANSWER_MARK = "####"
-
-
-def prompt_text(question: Question) -> str:
-    return f"Question: {question.question.strip()}\nAnswer:"
-
-
-def answer_text(question: Question) -> str:
-    return f" {question.solution.strip()}"
+CHUNK = 512  # texts encoded at a time
+Item = TypeVar("Item")
 
 
 class Gsm8kTask(Task):
-    """Reads both files, and trains the tokenizer on the training file unless a run already has one.
+    """Reads both files, and trains a tokenizer on the training file unless one is given.
 
     Args:
         context: tokens of a prompt and its answer together; longer worked solutions are left out of the warm start.
     """
 
     def __init__(self, data: Gsm8kData, run_seed: int, context: int, tokenizer: TaskTokenizer | None = None) -> None:
-        self._training_questions = read_questions(data.train, "data.train", "train")
-        eval_questions = read_questions(data.eval, "data.eval", "test")[: data.eval_problems]
+        training = read_questions(data.train, "data.train", "train")
+        held_out = read_questions(data.eval, "data.eval", "test")[: data.eval_problems]
         if tokenizer is None:
-            texts = [prompt_text(q) + answer_text(q) for q in self._training_questions]
-            tokenizer = train_byte_level_bpe(texts, data.vocab_size)
+            tokenizer = train_byte_level_bpe([plain_text(q) for q in training], data.vocab_size)
         super().__init__(data.task, tokenizer, run_seed)
-        self._training = _prompts(self._training_questions, tokenizer, "data.train")
-        self._eval = _prompts(eval_questions, tokenizer, "data.eval")
-        self._where = {q.key: q.where for q in [*self._training_questions, *eval_questions]}
-        self._demonstrations = self._worked_solutions(context)
+        self._template = template_for(data, tokenizer)
+        examples = _Examples(training, data.few_shot, run_seed)
+        self._training = _Prompts(training, "data.train", self._template, examples)
+        self._eval = _Prompts(held_out, "data.eval", self._template, examples)
+        self._where = {q.key: q.where for q in [*training, *held_out]}
+        self._solutions = _in_chunks(self._template.answers, training)
+        lengths = self._training.lengths + np.array([len(answer) for answer in self._solutions])
+        self._context = context
+        self._fits = lengths <= context  # bool [training]
+        self._fitting = np.flatnonzero(self._fits).tolist()
 
     @property
     def training_size(self) -> int:
@@ -47,30 +52,74 @@ class Gsm8kTask(Task):
         return self._training[index]
 
     def eval_prompts(self) -> list[Prompt]:
-        return self._eval
+        return [self._eval[index] for index in range(len(self._eval))]
+
+    def longest_prompt(self) -> Prompt:
+        longest = [part[int(part.lengths.argmax())] for part in (self._training, self._eval)]
+        return max(longest, key=lambda prompt: len(prompt.tokens))
 
     def demonstration(self, index: int, random: Random) -> Demonstration:
-        if index in self._demonstrations:
-            return self._demonstrations[index]
-        if not self._demonstrations:
+        if not self._fitting:
             raise UserError(
-                "no worked solution of data.train fits model.max_position_embeddings; raise it, or set "
-                "warm_start.steps=0"
+                f"no worked solution of data.train fits the context of {self._context} tokens; raise "
+                f"model.max_position_embeddings or rollout.max_context, or set warm_start.steps=0"
             )
-        return self._demonstrations[random.choice(self._fitting)]
+        if not self._fits[index]:
+            index = random.choice(self._fitting)
+        return Demonstration(self._training[index].tokens, tuple(self._solutions[index].tolist()))
+
+    def left_out(self) -> str:
+        long = self.training_size - len(self._fitting)
+        if not long:
+            return ""
+        return (
+            f"the warm start leaves out {long} of {self.training_size} worked solutions: with their prompts they are "
+            f"longer than the context of {self._context} tokens"
+        )
 
     def describe(self, prompt: Prompt) -> str:
         return self._where[prompt.key]
 
-    def _worked_solutions(self, context: int) -> dict[int, Demonstration]:
-        answers = self.tokenizer.answers([answer_text(q) for q in self._training_questions])
-        fitting = {
-            index: Demonstration(prompt.tokens, answer)
-            for index, (prompt, answer) in enumerate(zip(self._training, answers, strict=True))
-            if len(prompt.tokens) + len(answer) <= context
-        }
-        self._fitting = list(fitting)
-        return fitting
+    def answer_text(self, tokens: Iterable[int]) -> str:
+        return self._template.own_part(self.tokenizer.decode(tokens))
+
+
+class _Examples:
+    """The worked examples before a question: training problems drawn by the run's seed, the same for every question.
+
+    One spare is drawn as well, to stand in where the question is an example itself.
+    """
+
+    def __init__(self, training: Sequence[Question], count: int, run_seed: int) -> None:
+        self._count = count
+        order = Random(derive_seed(run_seed, "few shot")).sample(range(len(training)), len(training)) if count else []
+        distinct = {training[index].question.strip(): training[index] for index in reversed(order)}
+        if count and len(distinct) <= count:
+            raise UserError(
+                f"data.few_shot={count} needs {count + 1} different questions in data.train, which has "
+                f"{len(distinct)}; lower it"
+            )
+        self._chosen = list(distinct.values())[::-1][: count + 1]
+
+    def before(self, question: Question) -> list[Question]:
+        others = [example for example in self._chosen if example.question.strip() != question.question.strip()]
+        return others[: self._count]
+
+
+class _Prompts:
+    """The prompts of a file. Token ids are kept as int32 arrays: with examples they are millions."""
+
+    def __init__(self, questions: Sequence[Question], key: str, template: Template, examples: _Examples) -> None:
+        self._keys = [question.key for question in questions]
+        self._references = [final_answer(question, key) for question in questions]
+        self._tokens = _in_chunks(template.prompts, [(question, examples.before(question)) for question in questions])
+        self.lengths = np.array([len(tokens) for tokens in self._tokens])  # int64 [questions]
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return Prompt(self._keys[index], tuple(self._tokens[index].tolist()), self._references[index])
 
 
 def final_answer(question: Question, key: str) -> str:
@@ -85,6 +134,10 @@ def final_answer(question: Question, key: str) -> str:
     return answer.strip()
 
 
-def _prompts(questions: list[Question], tokenizer: TaskTokenizer, key: str) -> list[Prompt]:
-    tokens = tokenizer.prompts([prompt_text(q) for q in questions])
-    return [Prompt(q.key, ids, final_answer(q, key)) for q, ids in zip(questions, tokens, strict=True)]
+def _in_chunks(encode: Callable[[Sequence[Item]], list[tuple[int, ...]]], items: Sequence[Item]) -> list[np.ndarray]:
+    """Token ids of each item, int32 [tokens]."""
+    return [
+        np.array(tokens, dtype=np.int32)
+        for start in range(0, len(items), CHUNK)
+        for tokens in encode(items[start : start + CHUNK])
+    ]

@@ -3,6 +3,8 @@
 import logging
 import re
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from functools import lru_cache
 
 from math_verify import parse, verify
@@ -21,6 +23,8 @@ _MARK = "####"
 _NUMBER = r"-?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?"
 _FORM = re.compile(rf"^{_MARK} {_NUMBER}\s*\Z", re.MULTILINE)
 _ANSWER_IS = re.compile(r"\banswer\s*(?:is\b|:|=)\s*:?", re.IGNORECASE)
+_PLAIN_NUMBER = re.compile(r"-?\d*\.?\d+")
+_REWRITTEN = (("\\$", ""), ("$", ""), ("{,}", ","), ("\\!", ""), ("\N{MINUS SIGN}", "-"))  # what math-verify misreads
 _SENTENCE_END = re.compile(r"\.(\s|$)")
 
 
@@ -32,15 +36,16 @@ def reward_for(data: ArithmeticData | Gsm8kData) -> Reward:
 def exact_reward(text: str, reference: str) -> RewardResult:
     """1 for exactly the reference, else 0."""
     accuracy = float(text == reference)
-    return RewardResult(accuracy, {"accuracy": accuracy})
+    return RewardResult(accuracy, {"accuracy": accuracy}, text)
 
 
 def final_answer_reward(format_reward: float) -> Reward:
     """1 for the right final answer, plus ``format_reward`` for an answer in the asked-for form, right or wrong."""
 
     def reward(text: str, reference: str) -> RewardResult:
-        accuracy, form = float(is_right(text, reference)), float(has_form(text))
-        return RewardResult(accuracy + format_reward * form, {"accuracy": accuracy, "format": form})
+        right, final = _judged(text, reference)
+        accuracy, form = float(right), float(has_form(text))
+        return RewardResult(accuracy + format_reward * form, {"accuracy": accuracy, "format": form}, final)
 
     return reward
 
@@ -52,10 +57,31 @@ def has_form(text: str) -> bool:
 
 def is_right(text: str, reference: str) -> bool:
     """Whether math-verify finds the final answer of a text equal to the reference."""
+    return _judged(text, reference)[0]
+
+
+def _judged(text: str, reference: str) -> tuple[bool, str]:
+    """Whether a text's final answer is right, and that answer as ``_as_read`` writes it."""
     span = final_answer_span(text)
     if not _is_safe(span):
-        return False
-    return bool(verify(_parse_reference(reference), _parse(span), timeout_seconds=None))
+        return False, span[:LONGEST_SPAN].casefold()
+    parsed = _parse(span)
+    return bool(verify(_parse_reference(reference), parsed, timeout_seconds=None)), _as_read(span, parsed)
+
+
+def _as_read(span: str, parsed: list) -> str:
+    """A final answer in one form for all ways to write a number: 1,234.50 is 1234.5; what is no number stays."""
+    if not parsed:
+        return span.casefold()
+    text = str(parsed[-1]).replace(",", "")  # math-verify's second reading: the text of the number, without units
+    if not _PLAIN_NUMBER.fullmatch(text):
+        text = str(parsed[0].doit() if hasattr(parsed[0], "doit") else parsed[0])  # 18/3 is 6
+    try:
+        number = Fraction(text)
+    except ValueError:
+        return text.casefold()
+    decimal = Decimal(number.numerator) / Decimal(number.denominator)
+    return f"{decimal.normalize():f}" if Fraction(decimal) == number else str(number)
 
 
 def final_answer_span(text: str) -> str:
@@ -75,7 +101,9 @@ def final_answer_span(text: str) -> str:
             span = text[match.end() :].strip().split("\n", 1)[0]
         if sentence_end := _SENTENCE_END.search(span):
             span = span[: sentence_end.start()]
-    return span.replace("\\$", "").replace("$", "").strip(" *")
+    for written, meant in _REWRITTEN:
+        span = span.replace(written, meant)
+    return span.strip(" *").removeprefix("+")
 
 
 def _inside_braces(text: str) -> str:

@@ -68,6 +68,72 @@ def test_the_same_number_written_otherwise_is_right(written: str, reference: str
     assert is_right(f"so\n#### {written}", reference)
 
 
+@pytest.mark.parametrize("number", ["18", "-7", "0", "1,234", "2,125,000", "0.5", "12.25"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "so\n#### {}",
+        "#### ${}",
+        "#### {} dollars",
+        "#### {}%",
+        "#### {}.",
+        "#### **{}**",
+        "#### +{}",
+        "\\boxed{{{}}}",
+        "\\boxed{{\\${}}}",
+        "\\boxed{{{} \\text{{ kg}}}}",
+        "The answer is {}.",
+        "the final answer is: €{}",
+        "**Answer:** {} eggs per day.",
+        "first 999\nx = {}",
+    ],
+)
+def test_every_usual_form_of_a_right_answer_is_read_and_of_a_wrong_one_is_not(form: str, number: str) -> None:
+    if number.startswith("-") and "+" in form:
+        return
+    wrong = "5,118" if "," in number else "118"
+    written = {number, number.replace(",", ""), number.replace(",", "{,}"), number.replace("-", "\N{MINUS SIGN}")}
+    written |= set() if "." in number or "%" in form else {f"{number}.00"}  # 18.00% is 0.18 to math-verify
+    for text in written:
+        assert is_right(form.format(text), number), text
+    assert not is_right(form.format(wrong), number)
+
+
+GOLD = [  # in the form of GSM8K, with the calculator's marks
+    ("Tom has 3*4=<<3*4=12>>12 apples.\nHe eats 2, so 12-2=<<12-2=10>>10 are left.\n#### 10", "10"),
+    ("The car costs 1200*2=$<<1200*2=2400>>2400.\n#### 2,400", "2,400"),
+    ("It falls by 5 degrees.\n#### -5", "-5"),
+    ("Each gets 1/2=<<1/2=.5>>.5 of it.\n#### 0.5", "0.5"),
+]
+
+
+@pytest.mark.parametrize(("solution", "reference"), GOLD)
+def test_a_gold_solution_is_right_and_wrong_once_changed(solution: str, reference: str) -> None:
+    assert final_answer(Question("?", solution, "here", "train/1"), "data") == reference
+    assert is_right(solution, reference)
+    assert has_form(solution)
+    work = solution.rpartition("####")[0]
+    number = float(reference.replace(",", ""))
+    for other in (number + 1, -number, number * 10 + 3):
+        assert not is_right(f"{work}#### {other:,}", reference)
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        ("#### 1,234.50", "\\boxed{1234.5}", "The answer is $1234.50.", "#### 1234.5 dollars"),
+        ("#### 18", "#### 18.0", "#### 36/2", "\\boxed{\\frac{36}{2}}", "#### 18%"),
+        ("#### eggs", "#### Eggs"),
+        ("#### \N{MINUS SIGN}5", "#### -5"),
+        ("", "####", "\n"),
+    ],
+)
+def test_one_number_is_one_final_answer_however_written(same: tuple[str, ...]) -> None:
+    reward = reward_for(Gsm8kData(train="a", eval="b"))
+    assert len({reward(text, "7").final for text in same}) == 1
+    assert reward("#### 18", "18").final == "18" != reward("#### 81", "18").final
+
+
 @pytest.mark.parametrize("text", ["#### 9^9^9^9", "#### 9**9**9**9", "#### 99999!!", "#### " + "12 " * 20000])
 def test_a_hostile_answer_costs_no_time(text: str) -> None:
     started = time.process_time()
