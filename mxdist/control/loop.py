@@ -119,6 +119,8 @@ class Trainer:
         section, pad = self.config.warm_start, self.shape.pad_token_id
         algorithm = Supervised(prompts_per_step=section.sequences)
         objective = get_objective(algorithm)
+        if section.steps and (left_out := self.task.left_out()):
+            self.console.note(left_out)
         for step in range(section.steps):
             pairs = self.task.demonstrations(derive_seed(self.config.run.seed, "warm start", step), section.sequences)
             sequences = [

@@ -68,7 +68,7 @@ def test_the_same_number_written_otherwise_is_right(written: str, reference: str
     assert is_right(f"so\n#### {written}", reference)
 
 
-@pytest.mark.parametrize("number", ["18", "-7", "0", "1,234", "2,125,000", "0.5", "12.25"])
+@pytest.mark.parametrize("number", ["18", "-7", "2,125,000", "0.5"])
 @pytest.mark.parametrize(
     "form",
     [
