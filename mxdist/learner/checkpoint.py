@@ -95,7 +95,7 @@ def _description(shape: ModelShape) -> dict[str, object]:
 
 
 def _raise_if_other_model(directory: Path, shape: ModelShape) -> None:
-    saved, wanted = json.loads((directory / SHAPE_FILE).read_text()), _description(shape)
+    saved, wanted = json.loads((directory / SHAPE_FILE).read_text()), json.loads(json.dumps(_description(shape)))
     # How weights were first drawn, and in which type they are computed with, is not part of a model's shape.
     keys = [key for key in wanted if key not in ("initializer_range", "dtype") and saved.get(key) != wanted[key]]
     if keys:
