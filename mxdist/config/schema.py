@@ -257,7 +257,9 @@ class LearnerConfig(Section):
     tensor_parallel: PositiveInt = Field(1, description="Ranks that share every matrix of a layer but the experts'.")
     pipeline_parallel: PositiveInt = Field(1, description="Stages that the layers are divided over.")
     expert_parallel: PositiveInt = Field(2, description="Ranks of a stage that share one set of experts.")
-    micro_batch: PositiveInt = Field(64, description="Sequences in one forward pass of one rank.")
+    micro_batch_tokens: PositiveInt = Field(
+        4096, description="Tokens of one forward pass of one rank; a sequence longer than that has one of its own."
+    )
     port: int = Field(0, ge=0, le=65535, description="Port of the ranks' rendezvous; 0 takes a free one.")
     cpus_per_rank: PositiveFloat = 0.5
     gpus_per_rank: float = Field(0.0, ge=0)

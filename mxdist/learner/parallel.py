@@ -1,20 +1,35 @@
-"""The process groups of the learner's ranks: expert parallelism over some of them, data parallelism for the rest."""
+"""The process groups of the learner's ranks, by tensor, pipeline, expert and data parallelism.
+
+Ranks of one tensor-parallel group are neighbours; the stages of a pipeline lie furthest apart.
+"""
 
 import os
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
+from mxdist.config.schema import LearnerConfig
 from mxdist.seeds import derive_seed
 
 
-def start(rank: int, world_size: int, rendezvous: str, expert_parallel: int, run_seed: int, timeout: float) -> None:
+@dataclass(frozen=True)
+class Place:
+    """What a rank is to the others."""
+
+    data_rank: int  # ranks with the same one compute the same sequences
+    data_ranks: int
+    expert_data_rank: int  # of those that hold the same experts
+    reports: bool  # exactly one rank of every ``data_rank``: the first tensor-parallel one of the last stage
+
+
+def start(rank: int, world_size: int, rendezvous: str, learner: LearnerConfig, run_seed: int, timeout: float) -> Place:
     """Join the other ranks.
 
     Args:
         rendezvous: "tcp://host:port" of rank 0, the same on every rank.
-        expert_parallel: ranks that share one set of experts; divides ``world_size``.
+        learner: the layout; its ranks are ``world_size``.
         timeout: seconds that one collective may take.
     """
     on_gpu = torch.cuda.is_available()
@@ -28,13 +43,20 @@ def start(rank: int, world_size: int, rendezvous: str, expert_parallel: int, run
         timeout=timedelta(seconds=timeout),
     )
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-        expert_model_parallel_size=expert_parallel,
+        tensor_model_parallel_size=learner.tensor_parallel,
+        pipeline_model_parallel_size=learner.pipeline_parallel,
+        expert_model_parallel_size=learner.expert_parallel,
         expert_tensor_parallel_size=1,
         create_gloo_process_groups=on_gpu,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(derive_seed(run_seed, "learner", bits=31))
+    is_first = parallel_state.get_tensor_model_parallel_rank() == 0
+    return Place(
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_ranks=parallel_state.get_data_parallel_world_size(),
+        expert_data_rank=parallel_state.get_expert_data_parallel_rank(),
+        reports=is_first and parallel_state.is_pipeline_last_stage(),
+    )
 
 
 def stop() -> None:
@@ -44,8 +66,14 @@ def stop() -> None:
         torch.distributed.destroy_process_group()
 
 
-def largest(value: int) -> int:
-    """The largest ``value`` of all data-parallel ranks; every rank must call it."""
-    tensor = torch.tensor(value, device="cuda" if torch.cuda.is_available() else "cpu")
-    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, parallel_state.get_data_parallel_group())
-    return int(tensor)
+def of_last_stage(names: list[str]) -> list[str]:
+    """The ``names`` that the last stage of this rank's pipeline gives; all its stages must call it."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1:
+        return names
+    shared = [names]
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    torch.distributed.broadcast_object_list(
+        shared, parallel_state.get_pipeline_model_parallel_last_rank(), group, device=device
+    )
+    return shared[0]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -21,13 +22,16 @@ from megatron.core.distributed import (
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from mxdist.config.schema import OptimizerConfig as AdamSettings
 from mxdist.errors import RunStopped
 from mxdist.learner.losses import LossInputs, LossOutput, Objective
+from mxdist.learner.microbatches import MicroBatch, one_micro_batch
 from mxdist.learner.scoring import token_scores
-from mxdist.messages import EntropyStatistics, Mean, TrainBatch
+from mxdist.messages import EntropyStatistics, Mean
+from mxdist.model.attention import Packing
 from mxdist.model.draws import GradientDraws
 from mxdist.model.quantised_weight import forget_before_step, requantise
 
@@ -48,6 +52,9 @@ class Policy:
     def __init__(self, model: GPTModel, settings: AdamSettings, draws: GradientDraws) -> None:
         self.model = model
         self._draws = draws
+        self._update = 0
+        for layer in model.decoder.layers:
+            layer.register_forward_pre_hook(self._move_draws, with_kwargs=True)
         model.config.finalize_model_grads_func = _sum_gradients
         self._ddp = DistributedDataParallel(
             model.config,
@@ -84,32 +91,45 @@ class Policy:
         """Optimizer updates made so far; a checkpoint carries the count on."""
         return max(int(group.get("step", 0)) for group in self.optimizer.param_groups)
 
-    def score(self, batches: Sequence[TrainBatch]) -> list[Scored]:
-        """Forward only."""
+    def score(self, parts: Sequence[MicroBatch]) -> list[Scored]:
+        """Forward only. Empty on the ranks of all pipeline stages but the last."""
         with torch.no_grad():
-            return self._run(batches, None, forward_only=True)
+            return self._run(parts, self._finish(None), forward_only=True)
 
-    def forward(self, tokens: np.ndarray) -> Tensor:
-        """Logits [sequences, length, vocabulary] of tokens int64 [sequences, length]; every rank must call it."""
-        return _logits(self.model, torch.from_numpy(tokens).to(self._device))
+    def forward(self, sequences: Sequence[np.ndarray]) -> list[Tensor]:
+        """Logits [length, vocabulary] of each sequence, int64 [length], from one pass; every rank must call it.
+
+        Empty on the ranks of all pipeline stages but the last.
+        """
+        part = one_micro_batch(sequences, self._tensor_parallel.size())
+
+        def finish(_: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+            whole = gather_from_tensor_model_parallel_region(logits, group=self._tensor_parallel)
+            return logits.new_zeros(()), whole[: len(part.tokens) - part.padding]
+
+        with torch.no_grad():
+            found = self._run([part], finish, forward_only=True)
+        return list(found[0].split(part.lengths.tolist())) if found else []
 
     def accumulate(
-        self, batches: Sequence[TrainBatch], objective: Objective, old_logprobs: Sequence[np.ndarray] | None
+        self, parts: Sequence[MicroBatch], objective: Objective, old_logprobs: Sequence[np.ndarray] | None
     ) -> list[Scored]:
         """Forward and backward of the micro-batches of one optimizer update; leaves the summed gradients.
 
         Args:
             old_logprobs: by micro-batch, as ``score`` gave them before the first update of this step; None when this
                 is the only update, so that they are those of this very pass.
+        Returns:
+            As ``score`` does.
         """
         self._ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         old = itertools.repeat(None) if old_logprobs is None else iter(old_logprobs)
 
-        def loss(batch: TrainBatch, logprobs: Tensor) -> LossOutput:
-            return objective.loss(_loss_inputs(batch, logprobs, next(old)))
+        def loss(part: MicroBatch, logprobs: Tensor) -> LossOutput:
+            return objective.loss(_loss_inputs(part, logprobs, next(old)))
 
-        return self._run(batches, loss, forward_only=False)
+        return self._run(parts, self._finish(loss), forward_only=False)
 
     def step(self, learning_rate: float) -> float:
         """Clip, update the weights and quantise them anew. Returns the gradients' norm before clipping."""
@@ -123,53 +143,77 @@ class Policy:
         requantise(self.model)
         return float(norm)
 
+    def _finish(
+        self, loss: Callable[[MicroBatch, Tensor], LossOutput] | None
+    ) -> Callable[[MicroBatch, Tensor], tuple[Tensor, Scored]]:
+        """From the logits of a micro-batch to its loss and what is reported of it."""
+
+        def finish(part: MicroBatch, logits: Tensor) -> tuple[Tensor, Scored]:
+            rows, columns = (torch.from_numpy(index).to(logits.device) for index in part.scored)
+            places = torch.from_numpy(part.predicted_at).to(logits.device)
+            tokens = torch.from_numpy(part.batch.tokens).to(logits.device)[rows, columns]
+            chosen, entropy = token_scores(logits, places, tokens, part.batch.temperature, self._tensor_parallel)
+            logprobs = torch.zeros(part.batch.tokens.shape, device=logits.device).index_put((rows, columns), chosen)
+            output = LossOutput(logprobs.sum(), {}) if loss is None else loss(part, logprobs)
+            scored = Scored(logprobs.detach().cpu().numpy(), entropy, float(output.loss.detach()), output.metrics)
+            return output.loss, scored
+
+        return finish
+
     def _run(
         self,
-        batches: Sequence[TrainBatch],
-        loss: Callable[[TrainBatch, Tensor], LossOutput] | None,
+        parts: Sequence[MicroBatch],
+        finish: Callable[[MicroBatch, Tensor], tuple[Tensor, Any]],
         forward_only: bool,
-    ) -> list[Scored]:
-        update = self.updates
+    ) -> list[Any]:
+        """One pass over micro-batches, pipelined over stages.
+
+        Args:
+            finish: given a micro-batch and its logits, [tokens, this rank's vocabulary], returns the loss and a result.
+        Returns:
+            The results on the last stage, nothing on the others.
+        """
+        self._update = self.updates
 
         def forward_step(data: Any, model: torch.nn.Module) -> tuple[Tensor, Callable]:
-            index, batch = next(data)
-            self._draws.move_to(update, index)
-            tokens = torch.from_numpy(batch.tokens).to(self._device)
-            logits = _logits(model, tokens)
+            index, part = next(data)
+            tokens = torch.from_numpy(part.tokens).to(self._device).unsqueeze(0)  # [1, tokens]
+            packing = Packing(part.packed_lengths, self._device, index)
+            output = model(tokens, packing.positions.unsqueeze(0), attention_mask=None, packed_seq_params=packing)
 
-            def finish(logits: Tensor) -> tuple[Tensor, Tensor, Scored]:
-                mask = torch.from_numpy(batch.response_mask).to(self._device)
-                logprobs, entropy = token_scores(logits, tokens, mask, batch.temperature)
-                output = LossOutput(logprobs.sum(), {}) if loss is None else loss(batch, logprobs)
-                scored = Scored(logprobs.detach().cpu().numpy(), entropy, float(output.loss.detach()), output.metrics)
-                return output.loss, torch.zeros((), dtype=torch.int), scored
+            def with_count(logits: Tensor) -> tuple[Tensor, Tensor, Any]:
+                loss, result = finish(part, logits.squeeze(0))
+                return loss, torch.zeros((), dtype=torch.int), result
 
-            return logits, finish
+            return output, with_count
 
-        rows, length = batches[0].tokens.shape
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=enumerate(batches),
+            data_iterator=enumerate(parts),
             model=[self._ddp],
-            num_microbatches=len(batches),
-            seq_length=length,
-            micro_batch_size=rows,
+            num_microbatches=len(parts),
+            seq_length=max(
+                len(part.tokens) for part in parts
+            ),  # of the pipeline's messages, unless they tell their own
+            micro_batch_size=1,
             forward_only=forward_only,
         )
+
+    def _move_draws(self, _: torch.nn.Module, __: tuple, arguments: dict[str, Any]) -> None:
+        """Before a layer computes, or computes again in a backward pass while other micro-batches are under way."""
+        self._draws.move_to(self._update, arguments["packed_seq_params"].micro_batch)
 
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-
-def _logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    # No mask: attention is causal and the padding is on the right.
-    return model(input_ids=tokens, position_ids=positions, attention_mask=None)
+    @property
+    def _tensor_parallel(self) -> torch.distributed.ProcessGroup:
+        return parallel_state.get_tensor_model_parallel_group()
 
 
-def _loss_inputs(batch: TrainBatch, logprobs: Tensor, old_logprobs: np.ndarray | None) -> LossInputs:
-    device = logprobs.device
+def _loss_inputs(part: MicroBatch, logprobs: Tensor, old_logprobs: np.ndarray | None) -> LossInputs:
+    batch, device = part.batch, logprobs.device
     return LossInputs(
         logprobs=logprobs,
         old_logprobs=logprobs.detach() if old_logprobs is None else torch.from_numpy(old_logprobs).to(device),

@@ -9,7 +9,7 @@ expert is not chosen in a pass of the same tokens through the same model with no
 ``Mean`` that adds over ranks. Nothing here changes what is trained.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mxdist.learner.export import owned_tensors
+from mxdist.learner.microbatches import MicroBatch
 from mxdist.learner.policy import Policy
-from mxdist.messages import Mean, TrainBatch
+from mxdist.messages import Mean
 from mxdist.model.quantised_weight import Observer, QuantisedWeight
 from mxdist.model.shape import ModelShape
 from mxdist.quant.decompose import measure
@@ -64,18 +65,19 @@ class Telemetry:
         return [kind for kind, name in fields.items() if any(getattr(recipe, name) is not None for recipe in recipes)]
 
     @torch.no_grad()
-    def before_step(self, batch: TrainBatch) -> None:
-        """Look at activations, routers and the present codes. Collective; ``batch`` is the first micro-batch."""
-        tokens = _sampled_sequences(batch)
+    def before_step(self, part: MicroBatch) -> None:
+        """Look at activations, routers and the present codes. Collective; ``part`` is the first micro-batch."""
+        sequences = [tokens[:length] for tokens, length in zip(part.batch.tokens, part.lengths, strict=True)]
         with self._observing(self._take_input):
-            quantised = self._router_logits(tokens)
+            quantised = self._router_logits(sequences[:SEQUENCES])
         if self._shape.is_moe:
             with self._high_precision():
-                exact = self._router_logits(tokens)
+                exact = self._router_logits(sequences[:SEQUENCES])
             top_k = self._shape.config.num_experts_per_tok
+            decisions = [len(logits) * top_k for logits in quantised]
             rates = [router_flip_rate(*pair, top_k) for pair in zip(exact, quantised, strict=True)]
-            decisions = tokens.size * top_k
-            self._means["router/flip_rate"] = Mean(sum(rates) * decisions, len(rates) * decisions)
+            flipped = sum(rate * count for rate, count in zip(rates, decisions, strict=True))
+            self._means["router/flip_rate"] = Mean(flipped, sum(decisions))
         self._codes = self._sampled_codes()
 
     @contextmanager
@@ -136,8 +138,8 @@ class Telemetry:
     def _sampled_codes(self) -> list[MXTensor]:
         return [linear.quantised()[_spread(len(linear.weight))] for linear in self._owned]
 
-    def _router_logits(self, tokens: np.ndarray) -> list[Tensor]:
-        """By layer, float32 [tokens, experts]; without experts the pass is made all the same."""
+    def _router_logits(self, sequences: Sequence[np.ndarray]) -> list[Tensor]:
+        """By layer of this rank's, float32 [its tokens, experts]; without experts the pass is made all the same."""
         logits: list[Tensor] = []
 
         def take(router: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -145,7 +147,7 @@ class Telemetry:
 
         routers = [layer.mlp.router for layer in self._policy.model.decoder.layers] if self._shape.is_moe else []
         handles = [router.register_forward_pre_hook(take) for router in routers]
-        self._policy.forward(tokens)
+        self._policy.forward(sequences)
         for handle in handles:
             handle.remove()
         return logits
@@ -201,13 +203,3 @@ def _flagged(tensors: list[MXTensor]) -> Mean:
 def _spread(rows: int) -> slice:
     """About ``ROWS`` of so many rows, evenly spread."""
     return slice(0, None, -(-rows // ROWS) or 1)
-
-
-def _sampled_sequences(batch: TrainBatch) -> np.ndarray:
-    """Tokens int64 [sequences, length] of the first sequences with an answer, cut to the shortest: no padding."""
-    rows = np.flatnonzero(batch.response_mask.any(axis=1))[:SEQUENCES]
-    if not len(rows):  # a rank that only fills up still takes part
-        return batch.tokens[:1, :2]
-    mask = batch.response_mask[rows]
-    lengths = mask.shape[1] - mask[:, ::-1].argmax(axis=1)
-    return batch.tokens[rows, : int(lengths.min())]

@@ -2,8 +2,8 @@
 
     build -> (update | score | export | save | load)* -> shutdown
 
-Every method but ``shutdown`` is collective: all ranks are called with the same arguments (``score`` excepted, where
-each has rows of its own), or they wait for each other.
+Every method but ``shutdown`` is collective: all ranks are called with the same arguments, or they wait for each other.
+What they report adds up over all ranks: of those that compute the same sequences, one reports for the others.
 """
 
 import contextlib
@@ -11,8 +11,9 @@ import logging
 import resource
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,11 +21,16 @@ import torch
 from mxdist.config.hf_config import model_directory
 from mxdist.config.schema import AlgorithmConfig, Config, Supervised
 from mxdist.learner.losses import get_objective
-from mxdist.learner.microbatches import fill_up, micro_batches, optimizer_batches, rank_share, rejoin
+from mxdist.learner.microbatches import MicroBatch, micro_batches, optimizer_batches, padding_saved, rejoin
 from mxdist.messages import EntropyStatistics, LearnerReport, Mean, TrainBatch, UpdateReport, WeightPayload
 from mxdist.model.linear_names import linear_names
 from mxdist.model.recipes import model_recipes
 from mxdist.model.shape import ModelShape
+
+if TYPE_CHECKING:
+    from mxdist.learner.policy import Scored
+
+NOTHING = Mean(0.0, 0.0)
 
 
 class LearnerWorker:
@@ -58,16 +64,11 @@ class LearnerWorker:
         config = self.config
         if not torch.cuda.is_available():
             torch.set_num_threads(max(1, int(config.learner.cpus_per_rank)))
-        parallel.start(
-            self.rank,
-            self.world_size,
-            self.rendezvous,
-            config.learner.expert_parallel,
-            config.run.seed,
-            config.deadlines.collective,
+        self._place = parallel.start(
+            self.rank, self.world_size, self.rendezvous, config.learner, config.run.seed, config.deadlines.collective
         )
-        model = build_gpt(self.shape, config.learner.expert_parallel)
-        draws = GradientDraws(config.run.seed, self.rank)
+        model = build_gpt(self.shape, config.learner)
+        draws = GradientDraws(config.run.seed, self._place.data_rank, self._place.expert_data_rank)
         set_up_linears(model, self.shape, self.recipes, draws)
         if config.model.path is None:
             initialise(model, self.shape, config.run.seed)
@@ -82,33 +83,29 @@ class LearnerWorker:
         )
 
     def score(self, batch: TrainBatch) -> np.ndarray:
-        """Log-probabilities of the response tokens of this rank's own rows, forward only.
-
-        Ranks may be given different numbers of rows, even none, but all of them have to be called.
+        """Log-probabilities of the response tokens of ``batch``, the same on every rank, forward only.
 
         Returns:
-            float32 [sequences, length], 0 outside the response mask and at the first token.
+            float32 [sequences, length], 0 outside the response mask, at the first token, and in the rows that other
+            ranks report: the sum over all ranks is the whole.
         """
-        from mxdist.learner.parallel import largest
-
-        rows = largest(len(batch))
-        scored = self._policy.score(micro_batches(fill_up(batch, rows), self.config.learner.micro_batch))
-        return rejoin([piece.logprobs for piece in scored], *batch.tokens.shape)
+        parts = self._micro_batches(batch)
+        scored = self._policy.score(parts)
+        pieces = [piece.logprobs for piece in scored] if self._place.reports else []
+        return rejoin(pieces, parts[: len(pieces)], *batch.tokens.shape)
 
     def update(
         self, batch: TrainBatch, algorithm: AlgorithmConfig | Supervised, learning_rate: float, watch: bool = False
     ) -> UpdateReport:
         """Make ``algorithm.minibatches`` optimizer updates of the whole step's batch, which every rank is given.
 
-        Update i takes the i-th run of consecutive rows, of which this rank takes every ``world_size``-th.
-        ``watch`` adds the metrics of ``learner.telemetry``, if anything is quantised.
+        Update i takes the i-th run of consecutive rows, shared out by ``micro_batches``. ``watch`` adds the metrics of
+        ``learner.telemetry``, if anything is quantised.
         """
         seconds = dict.fromkeys(("old_logprobs", "forward_backward", "optimizer"), 0.0)
         objective = get_objective(algorithm)
-        shares = [
-            micro_batches(rank_share(rows, self.rank, self.world_size), self.config.learner.micro_batch)
-            for rows in optimizer_batches(batch, algorithm.minibatches)
-        ]
+        batches = optimizer_batches(batch, algorithm.minibatches)
+        shares = [self._micro_batches(rows) for rows in batches]
         old_logprobs: list[list[np.ndarray]] | list[None] = [None] * len(shares)
         if len(shares) > 1:
             with _timed(seconds, "old_logprobs"):
@@ -121,17 +118,46 @@ class LearnerWorker:
                 with _timed(seconds, "optimizer"):
                     norms.append(self._policy.step(learning_rate))
         entropy = sum((piece.entropy for piece in scored), EntropyStatistics())
-        for name, mean in [item for piece in scored for item in piece.metrics.items()]:
-            means[name] = means[name] + mean if name in means else mean
-        if not isinstance(algorithm, Supervised):
-            # Adds up over ranks to the loss of an average update.
-            loss = sum(piece.loss for piece in scored)
-            means["actor/pg_loss"] = Mean(loss, len(shares) / self.world_size)
-            means["actor/entropy"] = Mean(entropy.total, entropy.tokens)
+        means |= self._means(batches, shares, scored, isinstance(algorithm, Supervised))
+        if not self._place.reports:
+            entropy = EntropyStatistics()
         return UpdateReport(means, entropy, float(np.mean(norms)), learning_rate, seconds)
 
+    def _micro_batches(self, batch: TrainBatch) -> list[MicroBatch]:
+        place, learner = self._place, self.config.learner
+        # Sequence parallelism cuts the row of tokens between the tensor-parallel ranks.
+        return micro_batches(
+            batch, place.data_rank, place.data_ranks, learner.micro_batch_tokens, learner.tensor_parallel
+        )
+
+    def _means(
+        self,
+        batches: Sequence[TrainBatch],
+        shares: Sequence[Sequence[MicroBatch]],
+        scored: "Sequence[Scored]",
+        supervised: bool,
+    ) -> dict[str, Mean]:
+        """What the micro-batches report, under the same names on every rank; nothing of it on ranks that do not."""
+        from mxdist.learner.parallel import of_last_stage
+
+        means: dict[str, Mean] = {}
+        for name, mean in [item for piece in scored for item in piece.metrics.items()]:
+            means[name] = means.get(name, NOTHING) + mean
+        if not supervised:
+            # Adds up over ranks to the loss of an average update.
+            means["actor/pg_loss"] = Mean(sum(piece.loss for piece in scored), len(shares) / self._place.data_ranks)
+            entropy = sum((piece.entropy for piece in scored), EntropyStatistics())
+            means["actor/entropy"] = Mean(entropy.total, entropy.tokens)
+        means["perf/padding_fraction"] = sum((part.padding_fraction for share in shares for part in share), NOTHING)
+        # Every rank knows the whole of it, so each reports its share.
+        unpacked = sum((padding_saved(batch) for batch in batches), NOTHING)
+        ranks = self._place.data_ranks
+        means["perf/padding_fraction_unpacked"] = Mean(unpacked.total / ranks, unpacked.weight / ranks)
+        names = of_last_stage(list(means))
+        return means if self._place.reports else dict.fromkeys(names, NOTHING)
+
     @contextlib.contextmanager
-    def _watched(self, first: TrainBatch, watch: bool, seconds: dict[str, float]) -> Iterator[dict[str, Mean]]:
+    def _watched(self, first: MicroBatch, watch: bool, seconds: dict[str, float]) -> Iterator[dict[str, Mean]]:
         """Around the updates of a step; the metrics are in the dictionary at the end."""
         means: dict[str, Mean] = {}
         if not (watch and any(self.recipes.of(name).quantises for name in linear_names(self.shape.config))):

@@ -6,13 +6,16 @@ from mxdist.seeds import derive_seed
 class GradientDraws:
     """Shared by all linears of one rank; the training loop says which micro-batch of which update is computed.
 
-    A rank has tokens of its own, so its draws are its own too: with another layout of ranks the rounding of gradients
-    is another, equally unbiased one.
+    Ranks with tokens of their own have draws of their own: with another layout of data-parallel ranks the rounding of
+    gradients is another, equally unbiased one. Tensor-parallel ranks share a linear and its tokens, so they share its
+    seed, and each takes the draws of its part (``mxdist.quant.linear.Shard``): what is rounded on all of them is
+    rounded alike, and their parts are those of an undivided linear. An expert is never divided; the ranks that hold it
+    take tokens of their own to it.
     """
 
-    def __init__(self, run_seed: int, rank: int) -> None:
+    def __init__(self, run_seed: int, data_rank: int, expert_data_rank: int) -> None:
         self._run_seed = run_seed
-        self._rank = rank
+        self._data_rank, self._expert_data_rank = data_rank, expert_data_rank
         self._update = self._micro_batch = 0
 
     def move_to(self, update: int, micro_batch: int) -> None:
@@ -21,4 +24,5 @@ class GradientDraws:
 
     def seed(self, linear: str) -> int:
         """The seed of one linear's draws in the present micro-batch."""
-        return derive_seed(self._run_seed, "gradients", self._update, self._micro_batch, self._rank, linear)
+        rank = self._expert_data_rank if ".experts." in linear else self._data_rank
+        return derive_seed(self._run_seed, "gradients", self._update, self._micro_batch, rank, linear)

@@ -5,13 +5,15 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mxdist.config.schema import LearnerConfig
+from mxdist.model.attention import PackedRotary
 from mxdist.model.megatron_spec import decoder_spec
 from mxdist.model.shape import ModelShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def transformer_config(shape: ModelShape, expert_parallel: int) -> TransformerConfig:
+def transformer_config(shape: ModelShape, learner: LearnerConfig) -> TransformerConfig:
     """Megatron's settings for this shape, on this machine."""
     model = shape.config
     on_gpu = torch.cuda.is_available()
@@ -41,7 +43,7 @@ def transformer_config(shape: ModelShape, expert_parallel: int) -> TransformerCo
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        expert_model_parallel_size=expert_parallel,
+        expert_model_parallel_size=learner.expert_parallel,
         expert_tensor_parallel_size=1,
         params_dtype=DTYPES[model.dtype],
         bf16=model.dtype == "bfloat16",
@@ -60,11 +62,12 @@ def transformer_config(shape: ModelShape, expert_parallel: int) -> TransformerCo
     )
 
 
-def build_gpt(shape: ModelShape, expert_parallel: int) -> GPTModel:
+def build_gpt(shape: ModelShape, learner: LearnerConfig) -> GPTModel:
     """The model of this rank, its weights and recipes not yet set. Needs Megatron's process groups."""
     model = shape.config
-    return GPTModel(
-        config=transformer_config(shape, expert_parallel),
+    config = transformer_config(shape, learner)
+    gpt = GPTModel(
+        config=config,
         transformer_layer_spec=decoder_spec(model.num_hidden_layers, model.num_experts or None),
         vocab_size=shape.vocab_size,
         max_sequence_length=model.max_position_embeddings,
@@ -72,3 +75,10 @@ def build_gpt(shape: ModelShape, expert_parallel: int) -> GPTModel:
         rotary_base=model.rope_theta,
         share_embeddings_and_output_weights=False,
     )
+    gpt.rotary_pos_emb = PackedRotary(
+        kv_channels=model.head_dim,
+        rotary_percent=1.0,
+        rotary_base=model.rope_theta,
+        use_cpu_initialization=config.use_cpu_initialization,
+    )
+    return gpt

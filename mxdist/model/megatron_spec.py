@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from mxdist.model.attention import PackedAttention
 from mxdist.model.experts import MxExperts
 from mxdist.model.quantised_weight import QuantisedWeight
 from mxdist.quant.linear import mx_linear
@@ -86,6 +87,9 @@ class MxSpecProvider(LocalSpecProvider):
 
     def row_parallel_linear(self) -> type:
         return MxRowParallelLinear
+
+    def core_attention(self) -> type:
+        return PackedAttention
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:  # noqa: ARG002
         return RmsNorm

@@ -1,41 +1,125 @@
-"""Every row of a step is learnt from exactly once, in the same number of micro-batches on every rank."""
+"""Every answer of a step is learnt from exactly once, in the same number of micro-batches on every rank."""
+
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxdist.learner.microbatches import fill_up, micro_batches, optimizer_batches, rank_share, rejoin
-from mxdist.messages import TrainBatch
+from mxdist.learner.microbatches import (
+    MicroBatch,
+    micro_batches,
+    one_micro_batch,
+    optimizer_batches,
+    padding_saved,
+    rejoin,
+    sequence_lengths,
+)
+from mxdist.messages import Mean, TrainBatch
 from tests.learner.batches import random_batch
 
 
-def numbered(rows: int) -> TrainBatch:
+def numbered(rows: int, seed: int = 0) -> TrainBatch:
     """A batch whose advantages are 1, 2, 3, ..., so that rows can be told apart."""
-    batch = random_batch(rows)
-    return TrainBatch(
-        batch.tokens,
-        batch.response_mask,
-        batch.rollout_logprobs,
-        np.arange(1, rows + 1, dtype=np.float32),
-        batch.weights,
-    )
+    return replace(random_batch(rows, seed=seed), advantages=np.arange(1, rows + 1, dtype=np.float32))
 
 
-def counting_rows(batches: list[TrainBatch]) -> list[float]:
-    return [advantage for batch in batches for advantage in batch.advantages[batch.response_mask.any(axis=1)]]
+def of_all_ranks(batch: TrainBatch, ranks: int, budget: int, multiple: int = 1) -> list[list[MicroBatch]]:
+    return [micro_batches(batch, rank, ranks, budget, multiple) for rank in range(ranks)]
 
 
-@given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 4), st.integers(1, 7))
-def test_ranks_and_micro_batches_share_out_every_row_once(rows: int, updates: int, ranks: int, size: int) -> None:
-    updates = min(updates, rows)
-    seen = []
-    for part in optimizer_batches(numbered(rows), updates):
-        shares = [micro_batches(rank_share(part, rank, ranks), size) for rank in range(ranks)]
-        assert len({tuple(len(piece) for piece in share) for share in shares}) == 1
-        total = sum(float((piece.weights[:, None] * piece.response_mask).sum()) for share in shares for piece in share)
-        assert np.isclose(total, (part.weights[:, None] * part.response_mask).sum())
-        seen += [row for share in shares for row in counting_rows(share)]
+sizes = {
+    "rows": st.integers(1, 20),
+    "ranks": st.integers(1, 4),
+    "budget": st.integers(1, 60),
+    "seed": st.integers(0, 9),
+}
+
+
+@given(**sizes, updates=st.integers(1, 4))
+def test_ranks_and_micro_batches_share_out_every_row_once(
+    rows: int, ranks: int, budget: int, seed: int, updates: int
+) -> None:
+    seen: list[float] = []
+    for update in optimizer_batches(numbered(rows, seed), min(updates, rows)):
+        shares = of_all_ranks(update, ranks, budget)
+        assert len({len(share) for share in shares}) == 1
+        parts = [part for share in shares for part in share if len(part.rows)]
+        for part in parts:
+            assert np.array_equal(part.batch.advantages, update.advantages[part.rows])
+            assert np.array_equal(part.batch.weights, update.weights[part.rows])
+            seen += part.batch.advantages.tolist()
+        responses = sum(int(part.batch.response_mask.sum()) for share in shares for part in share)
+        assert responses == update.response_mask.sum()
     assert sorted(seen) == list(range(1, rows + 1))
+
+
+@given(**sizes)
+def test_a_micro_batch_keeps_to_its_tokens_unless_one_sequence_is_longer(
+    rows: int, ranks: int, budget: int, seed: int
+) -> None:
+    for share in of_all_ranks(random_batch(rows, seed=seed), ranks, budget):
+        assert all(part.lengths.sum() <= budget or len(part.rows) == 1 for part in share)
+
+
+@given(**sizes, multiple=st.integers(1, 4))
+def test_the_row_of_tokens_is_the_sequences_up_to_their_last_response_token(
+    rows: int, ranks: int, budget: int, seed: int, multiple: int
+) -> None:
+    batch = random_batch(rows, seed=seed)
+    for part in [part for share in of_all_ranks(batch, ranks, budget, multiple) for part in share]:
+        assert len(part.tokens) == sum(part.packed_lengths)
+        assert len(part.tokens) % multiple == 0
+        assert part.padding < multiple
+        whole = [batch.tokens[row, : np.flatnonzero(batch.response_mask[row])[-1] + 1] for row in part.rows]
+        if whole:
+            assert np.array_equal(part.tokens[: len(part.tokens) - part.padding], np.concatenate(whole))
+
+
+@given(**sizes)
+def test_every_response_token_is_predicted_by_the_one_before_it(rows: int, ranks: int, budget: int, seed: int) -> None:
+    batch = random_batch(rows, seed=seed)
+    for part in [part for share in of_all_ranks(batch, ranks, budget) for part in share]:
+        where = part.predicted_at
+        assert len(set(where.tolist())) == len(where) == part.batch.response_mask.sum()
+        found, columns = part.scored
+        for place, row, column in zip(where, found, columns, strict=True):
+            assert part.tokens[place] == part.batch.tokens[row, column - 1]
+            assert part.tokens[place + 1] == part.batch.tokens[row, column]
+
+
+def test_tokens_are_shared_out_evenly() -> None:
+    lengths = np.array([100, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10])
+    mask = np.arange(100) < lengths[:, None]
+    zeros = np.zeros(11, np.float32)
+    batch = TrainBatch(mask.astype(np.int64), mask, mask.astype(np.float32), zeros, zeros)
+    first, second = of_all_ranks(batch, 2, 100)
+    assert [part.lengths.tolist() for part in first] == [[100]]
+    assert [part.lengths.tolist() for part in second] == [[10] * 10]
+
+
+def test_rows_without_a_response_are_not_computed() -> None:
+    batch = random_batch(4)
+    batch.response_mask[1::2] = False
+    [part] = micro_batches(batch, 0, 1, 1000)
+    assert part.rows.tolist() == [0, 2]
+
+
+def test_a_rank_with_nothing_to_do_computes_what_counts_for_nothing() -> None:
+    for rank in (0, 1):
+        [part] = micro_batches(random_batch(1), rank, 2, 1000, multiple=2)
+        assert len(part.rows) == 1 - rank
+        assert part.batch.response_mask.any() == (rank == 0)
+    assert len(part.tokens) == 2
+    assert part.padding_fraction == Mean(2, 2)
+
+
+def test_padding_is_counted_and_so_is_what_was_saved() -> None:
+    batch = random_batch(5)
+    lengths = sequence_lengths(batch)
+    [part] = micro_batches(batch, 0, 1, 1000, multiple=64)
+    assert part.padding_fraction == Mean(-lengths.sum() % 64, lengths.sum() + -lengths.sum() % 64)
+    assert padding_saved(batch) == Mean(5 * lengths.max() - lengths.sum(), 5 * lengths.max())
 
 
 def test_updates_are_runs_of_consecutive_rows() -> None:
@@ -43,28 +127,18 @@ def test_updates_are_runs_of_consecutive_rows() -> None:
     assert [part.advantages.tolist() for part in parts] == [[1, 2], [3, 4], [5, 6]]
 
 
-def test_rows_filled_up_have_no_response_and_no_weight() -> None:
-    filled = fill_up(numbered(3), 5)
-    assert len(filled) == 5
-    assert not filled.response_mask[3:].any()
-    assert filled.response_mask[:3].any(axis=1).all()
-    assert (filled.weights[3:] == 0).all()
+def test_sequences_can_be_packed_with_nothing_to_learn_from() -> None:
+    part = one_micro_batch([np.array([1, 2, 3]), np.array([4])], multiple=3)
+    assert part.tokens.tolist() == [1, 2, 3, 4, 0, 0]
+    assert part.packed_lengths == (3, 1, 2)
+    assert not part.batch.response_mask.any()
 
 
-def test_an_empty_batch_can_be_filled_up() -> None:
-    filled = fill_up(random_batch().rows(slice(0, 0)), 3)
-    assert len(filled) == 3
-    assert not filled.response_mask.any()
-
-
-def test_micro_batches_end_at_their_last_response_token() -> None:
-    for piece in micro_batches(random_batch(9), 2):
-        assert piece.response_mask[:, -1].any()
-
-
-@given(st.integers(0, 9), st.integers(1, 4), st.integers(0, 3))
-def test_rejoin_undoes_filling_up_and_cutting(rows: int, size: int, extra: int) -> None:
-    batch = random_batch(9).rows(slice(0, rows))
-    pieces = micro_batches(fill_up(batch, rows + extra), size)
-    joined = rejoin([piece.rollout_logprobs for piece in pieces], *batch.tokens.shape)
-    assert np.array_equal(joined, batch.rollout_logprobs)
+@given(**sizes)
+def test_rejoin_undoes_sharing_out(rows: int, ranks: int, budget: int, seed: int) -> None:
+    batch = random_batch(rows, seed=seed)
+    joined = [
+        rejoin([part.batch.rollout_logprobs for part in share], share, *batch.tokens.shape)
+        for share in of_all_ranks(batch, ranks, budget)
+    ]
+    assert np.array_equal(sum(joined), batch.rollout_logprobs)

@@ -46,7 +46,7 @@ def distance(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> flo
 
 def test_the_gradient_is_that_of_the_plain_sum_over_the_whole_batch(ranks: RankProcesses, tmp_path: Path) -> None:
     batch = random_batch(13)
-    with ranks.learners(MOE, "bf16", 2, micro_batch=3, optimizer=UNCLIPPED) as learners:
+    with ranks.learners(MOE, "bf16", 2, micro_batch_tokens=30, optimizer=UNCLIPPED) as learners:
         model = transformers_model(shape_of(MOE), learners.call("export", 0), tmp_path)
         reports = learners.call("update", batch, Supervised(), 1e-3)
     weights = torch.from_numpy(batch.weights[:, None] * batch.response_mask)[:, 1:]
@@ -66,17 +66,17 @@ def test_experts_over_two_ranks_train_as_on_one(ranks: RankProcesses) -> None:
 
 
 def test_the_size_of_micro_batches_changes_nothing(ranks: RankProcesses) -> None:
-    sizes = [trained(ranks, 1, random_batch(12), micro_batch=size) for size in (12, 5, 1)]
+    sizes = [trained(ranks, 1, random_batch(12), micro_batch_tokens=size) for size in (200, 50, 1)]
     assert distance(sizes[0], sizes[1]) < 2e-4
     assert distance(sizes[0], sizes[2]) < 2e-4
 
 
 def test_a_rank_without_any_response_token_takes_part(ranks: RankProcesses) -> None:
     batch = random_batch(4)
-    batch.response_mask[1::2] = False
+    batch.response_mask[1:] = False
     with ranks.learners(MOE, "mxfp4_mbs_of", 2) as learners:
         reports = learners.call("update", batch, Grpo(), 1e-3)
-    assert [report.entropy.tokens for report in reports] == [batch.response_mask.sum(), 0]
+    assert sorted(report.entropy.tokens for report in reports) == [0, batch.response_mask.sum()]
     assert reports[0].grad_norm == reports[1].grad_norm > 0
 
 
@@ -156,15 +156,14 @@ def test_scores_are_the_logprobs_of_transformers(temperature: float, ranks: Rank
     batch = random_batch(9, temperature=temperature)
     with ranks.learners(MOE, "bf16", 2) as learners:
         model = transformers_model(shape_of(MOE), learners.call("export", 0), tmp_path)
-        shares = [batch.rows(slice(0, 7)), batch.rows(slice(7, 9))]
-        scored = learners.each("score", [(share,) for share in shares])
-        empty = learners.each("score", [(batch.rows(slice(0, 0)),), (batch,)])
+        scored = learners.call("score", batch)
+        empty = learners.call("score", batch.rows(slice(0, 0)))
     expected = np.zeros(batch.tokens.shape, dtype=np.float32)
     expected[:, 1:] = logprobs_of(model, batch.tokens, temperature).detach().numpy()
     expected[~batch.response_mask] = 0
-    assert np.abs(np.concatenate(scored) - expected).max() < 1e-4
+    assert np.abs(sum(scored) - expected).max() < 1e-4
+    assert ((scored[0] != 0) & (scored[1] != 0)).sum() == 0
     assert empty[0].shape == (0, batch.tokens.shape[1])
-    assert np.abs(empty[1] - expected).max() < 1e-4
 
 
 # Exports

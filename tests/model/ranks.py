@@ -81,7 +81,7 @@ class RankProcesses:
         """Build a learner of ``ranks`` ranks, with expert parallelism over all of them where there are experts."""
         expert_parallel = settings.pop("expert_parallel", ranks if model.num_experts else 1)
         learner = LearnerConfig(
-            ranks=ranks, expert_parallel=expert_parallel, micro_batch=settings.pop("micro_batch", 8)
+            ranks=ranks, expert_parallel=expert_parallel, micro_batch_tokens=settings.pop("micro_batch_tokens", 80)
         )
         config = Config(model=model, recipe=recipe, learner=learner, **settings)
         rendezvous = f"tcp://127.0.0.1:{_free_port()}"
