@@ -101,6 +101,6 @@ def test_two_files_with_one_tensor_and_no_index_are_refused(folder: Path) -> Non
 
 def test_a_tied_checkpoint_may_hold_its_output_layer(tmp_path: Path) -> None:
     model = ModelConfig(**DENSE.model_dump() | TIED)
-    folder = save_checkpoint(tmp_path, ModelShape(model, 40, 1, 2, 0))
+    folder = save_checkpoint(tmp_path, ModelShape(model, 40, 1, (2,), 0))
     rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
     assert "lm_head.weight" in open_checkpoint(folder, shape_of(model)).tensors
