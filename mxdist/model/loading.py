@@ -40,7 +40,7 @@ def load_checkpoint(model: GPTModel, shape: ModelShape, directory: Path) -> None
 
 def _finite(files: CheckpointFiles, name: str, region: tuple[slice, ...]) -> Tensor:
     values = files.read(name, region)
-    if not torch.isfinite(values).all():
+    if values.numel() and not torch.isfinite(values.abs().amax()):  # many times as fast as asking every element
         raise UserError(f"{name} in {files.tensors[name].file} holds a NaN or Inf; fetch the file again")
     return values
 

@@ -2,7 +2,8 @@
 
 They replace vLLM's own for every weight-bearing layer and every recipe, bf16 included: on a CPU vLLM's unquantised
 methods hand their weights to oneDNN or repack them once, after which a copy into the parameter changes nothing.
-One engine process holds whole matrices (tensor parallel size 1).
+One engine process holds whole matrices (tensor parallel size 1). With ``from_disk`` vLLM's loader fills them from a
+packed checkpoint (``disk_weights``); without, they stay empty until a weight sync.
 """
 
 from typing import Any
@@ -16,6 +17,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 
 from mxdist.quant.linear import mx_linear
 from mxdist.quant.recipe import Recipe
+from mxdist.rollout.disk_weights import DiskWeight, rows_of_experts, rows_of_splits, whole_rows
 from mxdist.rollout.experts import route, run_experts
 from mxdist.rollout.live_weight import LiveWeight
 
@@ -23,8 +25,8 @@ from mxdist.rollout.live_weight import LiveWeight
 class LiveLinearMethod(LinearMethodBase):
     """Quantised linears: q/k/v, output, gate/up and down projections."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, from_disk: bool = False) -> None:
+        self.recipe, self.from_disk = recipe, from_disk
 
     def create_weights(
         self,
@@ -39,6 +41,12 @@ class LiveLinearMethod(LinearMethodBase):
         del input_size, output_size, extra
         layer.live = LiveWeight(sum(output_partition_sizes), input_size_per_partition, self.recipe.w, params_dtype)
         layer.live_splits = tuple(output_partition_sizes)
+        if self.from_disk:
+            layer.disk = DiskWeight(layer, layer.live, rows_of_splits(layer.live_splits), sum(layer.live_splits))
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if self.from_disk:
+            layer.disk.finish(layer.prefix)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         weight = layer.live.values
@@ -48,8 +56,8 @@ class LiveLinearMethod(LinearMethodBase):
 class LiveRouterMethod(LiveLinearMethod):
     """The router: never quantised, computed in float32 whatever the model's dtype. Returns float32 logits."""
 
-    def __init__(self) -> None:
-        super().__init__(Recipe("router"))
+    def __init__(self, from_disk: bool = False) -> None:
+        super().__init__(Recipe("router"), from_disk)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x.float(), layer.live.values.float(), bias)
@@ -57,6 +65,9 @@ class LiveRouterMethod(LiveLinearMethod):
 
 class LiveEmbeddingMethod(QuantizeMethodBase):
     """Token embedding and output head: never quantised."""
+
+    def __init__(self, from_disk: bool = False) -> None:
+        self.from_disk = from_disk
 
     def create_weights(
         self,
@@ -70,6 +81,12 @@ class LiveEmbeddingMethod(QuantizeMethodBase):
     ) -> None:
         del input_size, output_size, extra
         layer.live = LiveWeight(sum(output_partition_sizes), input_size_per_partition, None, params_dtype)
+        if self.from_disk:
+            layer.disk = DiskWeight(layer, layer.live, whole_rows, layer.org_vocab_size)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if self.from_disk:
+            layer.disk.finish(type(layer).__name__)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, layer.live.values, bias)
@@ -77,14 +94,18 @@ class LiveEmbeddingMethod(QuantizeMethodBase):
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         return F.embedding(input_, layer.live.values)
 
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        del layer
+        return embed_tokens  # the model's output head is then the very module of its embedding
+
 
 class LiveExpertsMethod(FusedMoEMethodBase):
     """Routed experts. Monolithic in vLLM's words: it does its own routing, so that every vLLM version and device
     routes as the learner does."""
 
-    def __init__(self, gate_up: Recipe, down: Recipe, moe_config: Any) -> None:
+    def __init__(self, gate_up: Recipe, down: Recipe, moe_config: Any, from_disk: bool = False) -> None:
         super().__init__(moe_config)
-        self.gate_up, self.down = gate_up, down
+        self.gate_up, self.down, self.from_disk = gate_up, down, from_disk
 
     @property
     def is_monolithic(self) -> bool:
@@ -104,6 +125,16 @@ class LiveExpertsMethod(FusedMoEMethodBase):
         # Rows of expert e: gate then up in live_w13 from 2 e wide on, down in live_w2 from e hidden_size on.
         layer.live_w13 = LiveWeight(num_experts * 2 * wide, hidden_size, self.gate_up.w, params_dtype)
         layer.live_w2 = LiveWeight(num_experts * hidden_size, wide, self.down.w, params_dtype)
+        if self.from_disk:
+            first, second = rows_of_experts(wide, ("w1", "w3")), rows_of_experts(hidden_size, ("w2",))
+            layer.disk = (
+                DiskWeight(layer, layer.live_w13, first, num_experts * 2 * wide, "w13_"),
+                DiskWeight(layer, layer.live_w2, second, num_experts * hidden_size, "w2_"),
+            )
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        for weight in layer.disk if self.from_disk else ():
+            weight.finish(layer.layer_name)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         del layer  # no kernel of vLLM's runs here, so none is to be told of scales

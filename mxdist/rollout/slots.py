@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import LinearBase
 
 from mxdist.errors import ParityError
 from mxdist.messages import TensorEntry, WeightPayload
@@ -28,8 +29,8 @@ from mxdist.sync.payload import VALUES, as_tensor, gather_entries, values_checks
 class Slot:
     """One Hugging Face tensor inside the live model. Views are taken anew on every call, never kept."""
 
-    name: str  # Hugging Face tensor name, ends in .weight
-    owner: LiveWeight | RMSNorm
+    name: str  # Hugging Face tensor name, ends in .weight or .bias
+    owner: LiveWeight | RMSNorm | LinearBase  # of a linear only the bias: its weight is a LiveWeight
     rows: slice
 
     @property
@@ -44,7 +45,8 @@ class Slot:
         """What a payload carries: packed bytes, or plain values."""
         if isinstance(self.owner, LiveWeight):
             return {part: tensor[self.rows] for part, tensor in self.owner.parts().items()}
-        return {VALUES: self.owner.weight.detach()[self.rows]}
+        plain = self.owner.weight if isinstance(self.owner, RMSNorm) else self.owner.bias
+        return {VALUES: plain.detach()[self.rows]}
 
     def values(self) -> Tensor:
         """What the forward pass multiplies."""
@@ -93,6 +95,8 @@ def _linear_slots(path: str, module: Any, vocab_size: int) -> Iterator[Slot]:
     start = 0
     for name, size in zip(parts_of(path), module.live_splits, strict=True):
         yield Slot(f"{name}.weight", module.live, slice(start, start + size))
+        if module.bias is not None:
+            yield Slot(f"{name}.bias", module, slice(start, start + size))
         start += size
 
 

@@ -31,13 +31,14 @@ class MxdistConfig(QuantizationConfig):
     which no engine does.
     """
 
-    def __init__(self, recipes: ModelRecipes) -> None:
+    def __init__(self, recipes: ModelRecipes, from_disk: bool = False) -> None:
         super().__init__()
-        self.recipes = recipes
+        self.recipes, self.from_disk = recipes, from_disk
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "MxdistConfig":
-        return cls(ModelRecipes.from_dict(config["recipes"]))
+        """From the quantization_config of a config.json; "packed" there says that the weights lie beside it."""
+        return cls(ModelRecipes.from_dict(config["recipes"]), bool(config.get("packed", False)))
 
     def get_name(self) -> str:
         return METHOD_NAME
@@ -55,11 +56,13 @@ class MxdistConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, VocabParallelEmbedding):  # embed_tokens and lm_head
-            return LiveEmbeddingMethod()
+            return LiveEmbeddingMethod(self.from_disk)
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
         if isinstance(layer, LinearBase):
-            return LiveRouterMethod() if prefix.endswith(".mlp.gate") else LiveLinearMethod(self._recipe(prefix))
+            if prefix.endswith(".mlp.gate"):
+                return LiveRouterMethod(self.from_disk)
+            return LiveLinearMethod(self._recipe(prefix), self.from_disk)
         return None  # attention: its KV cache stays in the model's dtype
 
     def _experts_method(self, layer: RoutedExperts, prefix: str) -> LiveExpertsMethod:
@@ -68,6 +71,7 @@ class MxdistConfig(QuantizationConfig):
             self._recipe(*(f"{place}.gate_up_proj" for place in places)),
             self._recipe(*(f"{place}.down_proj" for place in places)),
             layer.moe_config,
+            self.from_disk,
         )
 
     def _recipe(self, *matrices: str) -> Recipe:

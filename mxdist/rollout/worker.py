@@ -75,7 +75,7 @@ class RolloutWorker:
         norms = [
             (name.removesuffix(".weight"), slot.owner.weight)
             for name, slot in self._slots.items()
-            if not isinstance(slot.owner, slots.LiveWeight)
+            if isinstance(slot.owner, slots.RMSNorm)
         ]
         self._injector = NoiseInjector(select_norms(norms, routed), routed)
         return EngineReport(

@@ -14,48 +14,21 @@ from mxdist.quant.reference import fake_quantise, quantise
 from mxdist.sync.payload import dense_entry, mx_entry
 
 
-def tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a Qwen3 checkpoint in Hugging Face's names, experts apart."""
-    c = shape.config
-    h, heads, groups = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens": (shape.vocab_size, h),
-        "lm_head": (shape.vocab_size, h),
-        "model.norm": (h,),
-    }
-    for layer in range(c.num_hidden_layers):
-        at = f"model.layers.{layer}"
-        shapes |= {
-            f"{at}.input_layernorm": (h,),
-            f"{at}.post_attention_layernorm": (h,),
-            f"{at}.self_attn.q_proj": (heads, h),
-            f"{at}.self_attn.k_proj": (groups, h),
-            f"{at}.self_attn.v_proj": (groups, h),
-            f"{at}.self_attn.o_proj": (h, heads),
-            f"{at}.self_attn.q_norm": (c.head_dim,),
-            f"{at}.self_attn.k_norm": (c.head_dim,),
-        }
-        wide = c.moe_intermediate_size if shape.is_moe else c.intermediate_size
-        places = [f"{at}.mlp.experts.{e}" for e in range(c.num_experts)] or [f"{at}.mlp"]
-        if shape.is_moe:
-            shapes[f"{at}.mlp.gate"] = (c.num_experts, h)
-        for place in places:
-            shapes |= {f"{place}.gate_proj": (wide, h), f"{place}.up_proj": (wide, h), f"{place}.down_proj": (h, wide)}
-    return {f"{name}.weight": size for name, size in shapes.items()}
-
-
 def operand_of(name: str, recipes: ModelRecipes) -> Operand | None:
     return recipes.of(name.removesuffix(".weight")).w if name.endswith("_proj.weight") else None
+
+
+def mean_of(name: str) -> float:
+    """Of random tensors: norms are near 1."""
+    return 1.0 if name.endswith("norm.weight") else 0.0
 
 
 def random_tensors(shape: ModelShape, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, shape.config.dtype)
     return {
-        name: (
-            torch.randn(size, generator=generator) * (0.2 if len(size) == 1 else 0.1) + (1.0 if len(size) == 1 else 0.0)
-        ).to(dtype)
-        for name, size in tensor_shapes(shape).items()
+        name: (torch.randn(size, generator=generator) * (0.2 if len(size) == 1 else 0.1) + mean_of(name)).to(dtype)
+        for name, size in shape.tensor_shapes().items()
     }
 
 
@@ -72,12 +45,12 @@ def payloads(tensors: dict[str, Tensor], recipes: ModelRecipes, version: int, ra
 
 
 class ReferenceLinear(nn.Module):
-    def __init__(self, weight: Tensor, recipe: Recipe) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, recipe: Recipe) -> None:
         super().__init__()
-        self.weight, self.recipe = weight, recipe
+        self.weight, self.bias, self.recipe = weight, bias, recipe
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(fake_quantise(x, self.recipe.x_fwd) if self.recipe.x_fwd else x, self.weight)
+        return F.linear(fake_quantise(x, self.recipe.x_fwd) if self.recipe.x_fwd else x, self.weight, self.bias)
 
 
 class ReferenceExperts(nn.Module):
@@ -111,7 +84,7 @@ def reference_model(shape: ModelShape, tensors: dict[str, Tensor], recipes: Mode
     }
 
     def linear(name: str) -> ReferenceLinear:
-        return ReferenceLinear(weights.pop(f"{name}.weight"), recipes.of(name))
+        return ReferenceLinear(weights.pop(f"{name}.weight"), weights.pop(f"{name}.bias", None), recipes.of(name))
 
     for number, layer in enumerate(model.model.layers):
         at = f"model.layers.{number}"
@@ -129,7 +102,8 @@ def reference_model(shape: ModelShape, tensors: dict[str, Tensor], recipes: Mode
             for name in names:
                 setattr(layer.mlp, name, linear(f"{at}.mlp.{name}"))
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert (missing, unexpected) == ([], [])
+    assert (missing, unexpected) == (["lm_head.weight"] if shape.config.tie_word_embeddings else [], [])
+    model.tie_weights()
     return model
 
 
