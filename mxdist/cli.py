@@ -101,6 +101,25 @@ def decompose(
     command.decompose(command.Options(path, recipes, only or (), skip or (), out, workers, nonfinite, typed))
 
 
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="Also: would this YAML file start?")] = None,
+    settings: Settings = None,
+    gpu: Annotated[
+        Literal["A100-80", "H100", "H200", "B200"] | None,
+        typer.Option(help="Estimate for such GPUs, and look at nothing of this machine."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """What is installed here, what would fail and why, and the memory CONFIG needs.
+
+    Exit code 0: it would start; 1: it would not.
+    """
+    from mxdist.doctor import command
+
+    return command.doctor(config, settings or [], gpu, json)
+
+
 @app.callback()
 def _without_command(
     context: typer.Context,

@@ -18,6 +18,10 @@ Observer = Callable[["QuantisedWeight", Tensor, Tensor], None]
 """Is shown a linear, its input [..., in] before quantising and its output [..., out]."""
 
 
+TOGETHER = 2**26
+"""Numbers quantised in one call, at most, unless one weight has more: a call needs up to 28 bytes for each."""
+
+
 class QuantisedWeight:
     """Mixed into a linear module that has a ``weight`` parameter [out, in]. ``recipe`` None: high precision."""
 
@@ -102,21 +106,34 @@ def quantised_weights(model: nn.Module) -> Iterator[QuantisedWeight]:
 def requantise(model: nn.Module) -> None:
     """Quantise every master weight anew.
 
-    Rows are independent of each other, so all weights of one width and operand are quantised in one call.
+    Rows are independent of each other, so weights of one width and operand are quantised together, up to ``TOGETHER``.
     """
     together: dict[tuple, list[QuantisedWeight]] = {}
     for module in quantised_weights(model):
         assert module.recipe is not None
         key = (module.weight.shape[1], module.weight.dtype, module.recipe.w)
         together.setdefault(key, []).append(module)
-    for (_, dtype, operand), modules in together.items():
-        quantised = quantise(torch.cat([module.weight for module in modules]), operand)
-        values = quantised.dequantise(dtype)
-        start = 0
-        for module in modules:
-            stop = start + len(module.weight)
-            module.store(quantised[start:stop], values[start:stop])
-            start = stop
+    for (_, dtype, operand), alike in together.items():
+        for modules in _runs(alike):
+            quantised = quantise(torch.cat([module.weight for module in modules]), operand)
+            values = quantised.dequantise(dtype)
+            start = 0
+            for module in modules:
+                stop = start + len(module.weight)
+                module.store(quantised[start:stop], values[start:stop])
+                start = stop
+
+
+def _runs(modules: list[QuantisedWeight]) -> Iterator[list[QuantisedWeight]]:
+    """Consecutive modules, with at most ``TOGETHER`` numbers in all or alone."""
+    run: list[QuantisedWeight] = []
+    for module in modules:
+        if run and sum(each.weight.numel() for each in run) + module.weight.numel() > TOGETHER:
+            yield run
+            run = []
+        run.append(module)
+    if run:
+        yield run
 
 
 def forget(model: nn.Module) -> None:

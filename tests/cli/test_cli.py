@@ -109,7 +109,7 @@ def test_a_mistake_is_found_within_two_seconds_and_without_ray_or_torch(file: st
     [
         (UserError("change this"), 2),
         (ParityError("change this"), 1),
-        (DeadlineExceeded("change this"), 1),
+        (DeadlineExceeded("change this", ("rank 0",)), 1),
         (KeyboardInterrupt(), 130),
     ],
 )

@@ -30,7 +30,7 @@ DENSE = MOE.model_copy(update={"num_experts": 0, "intermediate_size": 96})
 
 
 def shape_of(model: ModelConfig) -> ModelShape:
-    return ModelShape(model, vocab_size=40, bos_token_id=1, stop_token_ids=(2,), pad_token_id=0)
+    return ModelShape(model, vocab_size=model.vocab_size or 40, bos_token_id=1, stop_token_ids=(2,), pad_token_id=0)
 
 
 class Learners:

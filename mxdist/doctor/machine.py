@@ -1,0 +1,85 @@
+"""Limits and space of this machine: shared memory, open files, disk, host memory."""
+
+from pathlib import Path
+
+from mxdist.config.schema import Config
+from mxdist.doctor.findings import Finding, failure, ok, warning
+from mxdist.doctor.memory import element_bytes, sync_bytes
+from mxdist.doctor.model_size import engine
+
+MIB, GIB = 2**20, 2**30
+NCCL_SHARED = 64 * MIB  # what containers give unless told otherwise, and too little for NCCL
+OPEN_FILES, FEWEST_OPEN_FILES = 65_536, 1024
+RAY_STORE = 512 * MIB  # of the Ray that a run starts for itself
+SYNC_COPIES = 2  # of the weights on their way: the ranks' own, and Ray's
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Model and optimizer, as Megatron writes them."""
+    element = element_bytes(config)
+    return engine(config).total * (element + (12 if element < 4 else 8))
+
+
+def existing_parent(path: Path) -> Path:
+    """``path``, or the nearest folder around it that exists."""
+    path = path.expanduser().absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def check_shared_memory(free: int, config: Config | None, on_gpu: bool) -> Finding:
+    """/dev/shm holds Ray's object store, hence every weight sync, and NCCL's buffers between GPUs of a machine."""
+    shown = f"{free / GIB:.1f} GiB free in /dev/shm"
+    if on_gpu and free <= NCCL_SHARED:
+        return failure("shared memory", f"{shown}; NCCL needs more", "start the container with --shm-size=16g or more")
+    if free < RAY_STORE:
+        return warning("shared memory", f"{shown}; Ray would use the disk instead", "start with --shm-size=2g or more")
+    if config is not None:
+        size = sync_bytes(config)
+        store = free if config.cluster.address else min(free, RAY_STORE)
+        if size > store:
+            return warning(
+                "shared memory",
+                f"a weight sync is {size / GIB:.1f} GiB, Ray's object store {store / GIB:.1f} GiB; the rest goes over "
+                f"the disk",
+                "start Ray yourself with a larger --object-store-memory and set cluster.address=auto",
+            )
+    return ok("shared memory", shown)
+
+
+def check_open_files(limit: int) -> Finding:
+    if limit < FEWEST_OPEN_FILES:
+        return failure("open files", f"the limit is {limit}; Ray needs thousands", f"ulimit -n {OPEN_FILES}")
+    if limit < 4 * FEWEST_OPEN_FILES:
+        return warning(
+            "open files", f"the limit is {limit}, little for Ray with many workers", f"ulimit -n {OPEN_FILES}"
+        )
+    return ok("open files", f"limit {limit}")
+
+
+def check_disk(free: int, writable: bool, folder: Path, config: Config | None) -> Finding:
+    """Room for checkpoints where the run directory will be."""
+    if not writable:
+        return failure("disk", f"{folder} cannot be written", "choose another run.dir")
+    shown = f"{free / GIB:.1f} GiB free in {folder}"
+    if config is None:
+        return ok("disk", shown)
+    one, every = checkpoint_bytes(config), config.run.checkpoint_every
+    count = 1 + (config.run.steps // every if every else 0)
+    if free < one:
+        return failure("disk", f"{shown}; a checkpoint is {one / GIB:.1f} GiB", "choose another run.dir or free space")
+    if free < count * one:
+        return warning(
+            "disk",
+            f"{shown}; {count} checkpoints are {count * one / GIB:.1f} GiB",
+            "raise run.checkpoint_every, choose another run.dir or free space",
+        )
+    return ok("disk", f"{shown}; {count} checkpoint{'s' if count > 1 else ''} of {one / GIB:.2f} GiB")
+
+
+def check_host_memory(available: int, config: Config) -> Finding:
+    """Host memory of a run on GPUs: the weights on their way to the engines."""
+    size = SYNC_COPIES * sync_bytes(config)
+    shown = f"{available / GIB:.1f} GiB available; a weight sync takes {size / GIB:.2f} GiB"
+    if size > available:
+        return failure("host memory", shown, "use a machine with more memory")
+    return ok("host memory", shown)

@@ -1,0 +1,127 @@
+"""Bytes of each process of a run: a learner rank of every pipeline stage, an engine, and what a weight sync holds.
+
+Formulas, for n numbers in a dtype of d bytes, of which q are quantised into p packed bytes:
+
+    weights            n d
+    main gradients     4 n                          Megatron's gradient buffer is float32
+    optimizer          (8 + 4 [d < 4]) n / ranks    two moments, and the float32 master weight unless n d is it already;
+                                                    divided over the ranks that hold the same numbers
+    quantised weights  q d + p                      the values a GEMM reads, and their packed form
+"""
+
+from dataclasses import dataclass
+
+from mxdist.config.schema import Config
+from mxdist.doctor.activations import FLOAT32, activation_bytes, full_pass, quantising_bytes, scoring_bytes
+from mxdist.doctor.model_size import Numbers, engine, learner_stage, vocabulary
+
+MIB = 2**20
+CPU_SCRATCH = 9 * MIB  # the reference quantiser's work space on a CPU, kept between calls
+CUDA_CONTEXT = 1536 * MIB  # of a process: CUDA context, kernels, cuBLAS and NCCL buffers; assumed, not computed
+
+
+@dataclass(frozen=True)
+class ProcessMemory:
+    """What one process needs on its device at its worst moment."""
+
+    name: str
+    count: int  # processes like it
+    items: dict[str, int]  # bytes, by what they are for
+
+    @property
+    def total(self) -> int:
+        return sum(self.items.values())
+
+    @property
+    def largest(self) -> str:
+        return max(self.items, key=lambda name: self.items[name])
+
+
+def element_bytes(config: Config) -> int:
+    return 2 if config.model.dtype == "bfloat16" else FLOAT32
+
+
+def learner_memory(config: Config, on_gpu: bool) -> list[ProcessMemory]:
+    """One entry for each pipeline stage, whose ranks are alike."""
+    stages = config.learner.pipeline_parallel
+    return [_learner_stage(config, stage, on_gpu) for stage in range(stages)]
+
+
+def _learner_stage(config: Config, stage: int, on_gpu: bool) -> ProcessMemory:
+    learner, element = config.learner, element_bytes(config)
+    numbers = learner_stage(config, stage)
+    ranks = learner.ranks // learner.pipeline_parallel
+    with_experts = ranks // learner.expert_parallel  # ranks that hold the same experts
+    state = 2 * FLOAT32 + (FLOAT32 if element < FLOAT32 else 0)
+    activations = activation_bytes(config, stage, on_gpu)
+    scoring = max(scoring_bytes(config, stage, on_gpu), _quantising_input(config, on_gpu))
+    items = {
+        "weights": numbers.total * element,
+        "main gradients": numbers.total * FLOAT32,
+        "optimizer": state * (numbers.shared // config.data_parallel + numbers.expert // with_experts),
+        "quantised weights": numbers.quantised * element + numbers.packed_bytes,
+        "activations": activations,
+        "logits and scores": scoring,
+        # Done when no activations are held, so only what goes beyond them counts.
+        "requantising": max(0, _requantising(numbers, element, on_gpu) - activations - scoring),
+        "work space": (CUDA_CONTEXT if on_gpu else CPU_SCRATCH if numbers.quantised else 0),
+    }
+    name = "learner rank" if learner.pipeline_parallel == 1 else f"learner rank, stage {stage}"
+    return ProcessMemory(name, ranks, items)
+
+
+def _quantising_input(config: Config, on_gpu: bool) -> int:
+    """Of the widest input of a linear, while it is quantised."""
+    if not on_gpu:
+        return 0
+    model, tokens = config.model, full_pass(config, on_gpu).tokens
+    widths = [model.hidden_size, model.num_attention_heads * model.head_dim // config.learner.tensor_parallel]
+    if model.num_experts:
+        wide = max(model.hidden_size, model.moe_intermediate_size) * model.num_experts_per_tok
+    else:
+        wide = model.intermediate_size // config.learner.tensor_parallel
+    operands = {matrix.operand for matrix in engine(config).matrices}
+    return tokens * max(*widths, wide) * max(quantising_bytes(operand, is_weight=False) for operand in operands)
+
+
+def _requantising(numbers: Numbers, element: int, on_gpu: bool) -> int:
+    """Weights of one width are put into one matrix, up to a limit, and quantised in one call."""
+    together = numbers.quantised_together
+    operands = {matrix.operand for matrix in numbers.matrices}
+    at_once = max(quantising_bytes(operand, is_weight=True) for operand in operands) if on_gpu else 0
+    return together * (element + at_once)
+
+
+def engine_memory(config: Config, on_gpu: bool) -> ProcessMemory:
+    """One engine, which holds all of the model."""
+    numbers, element = engine(config), element_bytes(config)
+    rollout = config.rollout
+    scores = rollout.max_sequences * vocabulary(config) * (element + 2 * FLOAT32)  # logits, float32 ones, log-probs
+    items = {
+        "weights": numbers.total * element,
+        "packed weights": numbers.packed_bytes,
+        "KV cache": rollout.kv_cache_mib * MIB,
+        "logits and scores": scores,
+        # While weights are loaded, the largest fused matrix exists twice.
+        "loading weights": max(0, _largest_fused(config) * element - scores),
+        "work space": CUDA_CONTEXT if on_gpu else CPU_SCRATCH if numbers.quantised else 0,
+    }
+    return ProcessMemory("rollout engine", rollout.workers, items)
+
+
+def _largest_fused(config: Config) -> int:
+    model = config.model
+    if model.num_experts:
+        return model.num_experts * 2 * model.moe_intermediate_size * model.hidden_size
+    return 2 * model.intermediate_size * model.hidden_size
+
+
+def kv_bytes_per_token(config: Config) -> int:
+    model = config.model
+    return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * element_bytes(config)
+
+
+def sync_bytes(config: Config) -> int:
+    """Of one version of the weights on its way: packed where quantised, in the model's dtype elsewhere. Host memory."""
+    numbers = engine(config)
+    return (numbers.total - numbers.quantised) * element_bytes(config) + numbers.packed_bytes

@@ -1,0 +1,228 @@
+"""The memory estimate against bytes of live tensors in learner ranks and engine weights, and against known sizes."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mxdist.config import Config
+from mxdist.config.schema import LearnerConfig, ModelConfig, RolloutConfig
+from mxdist.doctor import activations, model_size
+from mxdist.doctor.activations import AT_ONCE
+from mxdist.doctor.fit import GIB, fit, fullest, named_gpu
+from mxdist.doctor.memory import engine_memory, learner_memory, sync_bytes
+from mxdist.doctor.model_size import engine, learner_stage, row_bytes
+from mxdist.learner import scoring
+from mxdist.model import quantised_weight
+from mxdist.quant import reference, scratch
+from mxdist.quant.recipe import PRESETS, Fallback, Macro, Operand
+from mxdist.quant.tensor import part_shapes
+from mxdist.rollout.live_weight import LiveWeight
+from tests.config.test_configs import DENSE, EXPERTS, load
+from tests.model.ranks import RankProcesses
+from tools.measure_memory import LivePeak, full_batch, live_bytes, measure_update
+
+BOUND = 0.15
+
+SMALL = ModelConfig(
+    vocab_size=1024,
+    hidden_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=32,
+    num_experts=0,
+    intermediate_size=512,
+    moe_intermediate_size=128,
+    max_position_embeddings=128,
+    dtype="bfloat16",
+)
+MOE = SMALL.model_copy(update={"num_experts": 8})
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "expert_parallel", "recipe"),
+    [
+        (SMALL.model_copy(update={"dtype": "float32"}), 1, 1, "bf16"),
+        (SMALL, 2, 1, "mxfp4_mbs_of"),
+        (MOE, 2, 2, "mxfp4_mbs_of"),
+    ],
+    ids=["float32, nothing quantised", "dense, data parallel", "expert parallel"],
+)
+def test_the_estimate_of_a_learner_rank_is_within_15_percent_of_its_tensors(
+    model: ModelConfig, ranks: int, expert_parallel: int, recipe: str
+) -> None:
+    rollout = RolloutConfig(max_new_tokens=96)
+    config = Config(
+        model=model,
+        recipe=recipe,
+        rollout=rollout,
+        learner=LearnerConfig(ranks=ranks, expert_parallel=expert_parallel, micro_batch_tokens=512),
+    )
+    batch = full_batch(config, 1024, ranks * 512 // config.context)
+    processes = RankProcesses(ranks)  # of its own: what an earlier learner left would count
+    try:
+        with processes.learners(
+            model, recipe, ranks, expert_parallel=expert_parallel, micro_batch_tokens=512, rollout=rollout
+        ) as learners:
+            measured = learners.run(measure_update, batch)
+    finally:
+        processes.close()
+    [stage] = learner_memory(config, on_gpu=False)
+    held = sum(
+        stage.items[item] for item in ("weights", "main gradients", "optimizer", "quantised weights", "work space")
+    )
+    for rank in measured:
+        assert held == pytest.approx(rank.resident, rel=BOUND)
+        assert stage.total == pytest.approx(rank.peak, rel=BOUND)
+        assert rank.peak > 1.2 * rank.resident, "an update needs activations"
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "mxfp4", "mxfp4_mbs_of"])
+def test_the_estimate_of_an_engines_weights_is_that_of_its_live_matrices(recipe: str) -> None:
+    config = Config(model=MOE, recipe=recipe)
+    items = engine_memory(config, on_gpu=False).items
+    operand = PRESETS[recipe].w
+    bytes_of = dict.fromkeys(("values", "packed"), 0)
+    for matrix in engine(config).matrices:
+        live = LiveWeight(matrix.rows * matrix.count, matrix.columns, operand, torch.bfloat16)
+        for name, part in live.named_buffers():
+            bytes_of["values" if name == "values" else "packed"] += part.nbytes
+    plain = 2 * (2 * 1024 * 256 + 256 + 3 * (2 * 256 + 2 * 32 + 8 * 256))  # embedding, head, norms, routers
+    assert (items["weights"], items["packed weights"]) == (bytes_of["values"] + plain, bytes_of["packed"])
+
+
+@pytest.mark.parametrize("columns", [32, 96, 100, 128, 200])
+@pytest.mark.parametrize(
+    "operand",
+    [Operand(), Operand(block=16), Operand(macro=Macro(64)), Operand(fallback=Fallback()), Operand(hadamard="plain")],
+)
+def test_a_packed_row_is_as_long_as_the_quantisers(columns: int, operand: Operand) -> None:
+    parts = part_shapes((1, columns), operand)
+    assert row_bytes(columns, operand) == sum(shape[-1] for shape in parts.values())
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp4_mbs", "mxfp4_of", "mxfp4_mbs_of"])
+def test_quantising_a_whole_tensor_at_once_takes_the_bytes_assumed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "CHUNK", 1 << 40)  # as off the CPU
+    monkeypatch.setattr(scratch, "_KEPT_ELEMENTS", 0)
+    values, recipe = torch.randn(256, 2048, dtype=torch.bfloat16), PRESETS[name]
+    assert recipe.w is not None
+    assert recipe.x_fwd is not None
+    expected = AT_ONCE[recipe.w.macro is not None, recipe.w.fallback is not None]
+    with LivePeak() as weight:
+        reference.quantise(values, recipe.w).dequantise(torch.bfloat16)
+    with LivePeak() as activation:
+        reference.fake_quantise(values, recipe.x_fwd)
+    assert expected[0] == pytest.approx(weight.peak / values.numel(), rel=0.1)
+    assert expected[1] == pytest.approx(activation.peak / values.numel(), rel=0.1)
+
+
+def test_scores_and_weights_are_worked_on_in_pieces_of_the_size_assumed() -> None:
+    assert activations.PIECE == scoring.PIECE
+    assert model_size.TOGETHER == quantised_weight.TOGETHER
+
+
+def test_live_bytes_sees_a_tensor_come_and_go() -> None:
+    before = live_bytes()
+    kept = torch.zeros(1000)
+    assert live_bytes() == before + 4000
+    with LivePeak() as peak:
+        for _ in range(3):
+            torch.ones(1000).add(1)
+    assert (peak.peak, peak.live) == (8000, 0)
+    del kept
+    assert live_bytes() == before
+
+
+def test_the_models_have_the_numbers_their_names_say(tmp_path: Path) -> None:
+    assert engine(load(DENSE, tmp_path)).total == 3_085_938_688 - 151936 % 64 * 2048
+    assert engine(load(EXPERTS, tmp_path)).total == 30_532_122_624
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"ranks": 4, "tensor_parallel": 2},
+        {"ranks": 4, "pipeline_parallel": 3, "tensor_parallel": 1},
+        {"ranks": 4, "expert_parallel": 4},
+        {"ranks": 12, "expert_parallel": 2, "tensor_parallel": 2, "pipeline_parallel": 3},
+    ],
+    ids=str,
+)
+def test_ranks_hold_the_model_between_them_however_it_is_divided(layout: dict[str, int]) -> None:
+    layout = {"ranks": 2, "expert_parallel": 1} | layout
+    layout["ranks"] = -(-layout["ranks"] // layout.get("pipeline_parallel", 1)) * layout.get("pipeline_parallel", 1)
+    model = MOE.model_copy(update={"num_key_value_heads": 4})
+    whole = Config(model=model, recipe="mxfp4", learner=LearnerConfig(ranks=1, expert_parallel=1))
+    config = whole.model_copy(update={"learner": LearnerConfig(**layout)})
+    expert = shared = 0
+    for stage in range(config.learner.pipeline_parallel):
+        numbers = learner_stage(config, stage)
+        expert += numbers.expert * config.learner.expert_parallel
+        shared += sum(m.numbers for m in numbers.matrices if not m.is_expert) * config.learner.tensor_parallel
+    one = learner_stage(whole, 0)
+    assert expert == one.expert
+    assert shared == one.shared - one.plain
+
+
+def test_the_optimizer_is_divided_over_the_ranks_that_hold_the_same_numbers() -> None:
+    def optimizer(ranks: int, expert_parallel: int) -> int:
+        learner = LearnerConfig(ranks=ranks, expert_parallel=expert_parallel)
+        return learner_memory(Config(model=MOE, learner=learner), on_gpu=True)[0].items["optimizer"]
+
+    numbers = learner_stage(Config(model=MOE, learner=LearnerConfig(ranks=1, expert_parallel=1)), 0)
+    assert optimizer(1, 1) == 12 * numbers.total
+    assert optimizer(4, 1) == pytest.approx(12 * numbers.total / 4)
+    assert optimizer(4, 4) == pytest.approx(12 * (numbers.shared / 4 + numbers.expert / 4))
+    assert optimizer(8, 4) == pytest.approx(12 * (numbers.shared / 8 + numbers.expert / 4 / 2))
+
+
+def test_a_weight_sync_is_packed_where_weights_are_quantised() -> None:
+    plain, packed = (sync_bytes(Config(model=MOE, recipe=recipe)) for recipe in ("bf16", "mxfp4"))
+    numbers = engine(Config(model=MOE, recipe="mxfp4"))
+    assert plain == 2 * numbers.total
+    assert packed == plain - 2 * numbers.quantised + numbers.quantised * 17 // 32
+
+
+def test_engines_and_ranks_that_share_a_gpu_are_added(tmp_path: Path) -> None:
+    config = load(DENSE, tmp_path)
+    [rank], rollout = learner_memory(config, on_gpu=True), engine_memory(config, on_gpu=True)
+    assert fullest(config, on_gpu=True).total == rank.total + rollout.total
+    apart = load(DENSE, tmp_path, "learner.gpus_per_rank=1", "rollout.gpus_per_worker=1")
+    assert fullest(apart, on_gpu=True).total == max(rank.total, rollout.total)
+    together = load(
+        DENSE, tmp_path, "learner.gpus_per_rank=1", "rollout.gpus_per_worker=0.5", "rollout.kv_cache_mib=200000"
+    )
+    assert fullest(together, on_gpu=True).in_words == "2 rollout engines"
+
+
+def test_the_papers_runs_fit_the_gpus_their_files_name(tmp_path: Path) -> None:
+    assert fit(load(DENSE, tmp_path), named_gpu("H100")).fits
+    assert fit(load(EXPERTS, tmp_path), named_gpu("H200")).fits
+    assert not fit(load(EXPERTS, tmp_path), named_gpu("H100")).fits
+
+
+def test_what_does_not_fit_is_told_the_setting_that_helps(tmp_path: Path) -> None:
+    found = fit(load(DENSE, tmp_path, "rollout.kv_cache_mib=90000"), named_gpu("H200"))
+    assert not found.fits
+    assert found.lever is not None
+    tight = replace(named_gpu("H200"), bytes=int(found.load.total / 0.95) + 1)
+    assert fit(load(DENSE, tmp_path, "rollout.kv_cache_mib=90000"), tight).lever is None
+    for device in (tight, named_gpu("H200"), named_gpu("A100-80")):
+        lever = fit(load(DENSE, tmp_path, "rollout.kv_cache_mib=200000"), device).lever
+        assert lever is not None
+        assert "GiB" in lever or "no single setting" in lever
+    assert found.load.total / GIB > 95
+
+
+def test_the_estimate_needs_no_torch() -> None:
+    code = (
+        "import sys; from mxdist.config import Config; from mxdist.doctor.fit import fit, named_gpu;"
+        "fit(Config(), named_gpu('H100')); sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
