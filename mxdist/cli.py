@@ -120,6 +120,22 @@ def doctor(
     return command.doctor(config, settings or [], gpu, json)
 
 
+@app.command()
+def export(
+    run_dir: RunDir,
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="A new directory, or an empty one.")],
+    form: Annotated[
+        Literal["bf16", "mxfp4"],
+        typer.Option(help="bf16, for any software; mxfp4, packed, for vLLM with this project's plugin."),
+    ] = "bf16",
+) -> None:
+    """Write the newest checkpoint as a Hugging Face directory."""
+    _require_run(run_dir)
+    from mxdist.control import exporting
+
+    exporting.export(run_dir, out_dir, form)
+
+
 @app.callback()
 def _without_command(
     context: typer.Context,
@@ -161,6 +177,10 @@ def _failed(message: str, code: int) -> int:
 
 def _check_run(run_dir: Path, settings: list[str] | None) -> None:
     """Find mistakes in the settings before the heavy imports."""
+    _require_run(run_dir)
+    load_config(run_dir / CONFIG_FILE, settings or [])
+
+
+def _require_run(run_dir: Path) -> None:
     if not (run_dir / CONFIG_FILE).is_file():
         raise UserError(f"{run_dir} holds no run (no {CONFIG_FILE} in it); give the directory that 'mxdist train' made")
-    load_config(run_dir / CONFIG_FILE, settings or [])

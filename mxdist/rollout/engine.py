@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 
 from mxdist.config.schema import Config
 from mxdist.errors import UserError
+from mxdist.model.packed_checkpoint import quantisation_config
 from mxdist.model.recipes import ModelRecipes
 from mxdist.model.shape import ModelShape
 from mxdist.rollout import vllm_plugin
@@ -27,8 +28,7 @@ KV_BLOCK = 32
 def write_model_dir(model_dir: Path, shape: ModelShape, recipes: ModelRecipes) -> None:
     """Write the config.json from which vLLM builds the model. It holds no weights: those come by weight sync."""
     model_dir.mkdir(parents=True, exist_ok=True)
-    quantisation = {"quant_method": vllm_plugin.METHOD_NAME, "recipes": recipes.to_dict()}
-    config = {**shape.hf_config(), "quantization_config": quantisation}
+    config = {**shape.hf_config(), "quantization_config": quantisation_config(recipes, packed=False)}
     (model_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -17,11 +17,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from mxdist.model.linear_names import parts_of
+from mxdist.model.packed_checkpoint import METHOD_NAME, read_quantisation_config
 from mxdist.model.recipes import ModelRecipes
 from mxdist.quant.recipe import Recipe
 from mxdist.rollout.methods import LiveEmbeddingMethod, LiveExpertsMethod, LiveLinearMethod, LiveRouterMethod
-
-METHOD_NAME = "mxdist"
 
 
 class MxdistConfig(QuantizationConfig):
@@ -38,7 +37,7 @@ class MxdistConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "MxdistConfig":
         """From the quantization_config of a config.json; "packed" there says that the weights lie beside it."""
-        return cls(ModelRecipes.from_dict(config["recipes"]), bool(config.get("packed", False)))
+        return cls(*read_quantisation_config(config))
 
     def get_name(self) -> str:
         return METHOD_NAME

@@ -39,7 +39,7 @@ def file(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("columns", [40, 120])
-@pytest.mark.parametrize("command", [(), ("train",), ("resume",), ("eval",)])
+@pytest.mark.parametrize("command", [(), ("train",), ("resume",), ("eval",), ("export",)])
 def test_help_fits_the_terminal(command: tuple[str, ...], columns: int) -> None:
     run = mxdist(*command, "--help", columns=columns)
     assert run.returncode == 0
@@ -49,7 +49,7 @@ def test_help_fits_the_terminal(command: tuple[str, ...], columns: int) -> None:
 
 def test_help_names_every_command_and_what_it_takes() -> None:
     listing = mxdist("--help").stdout
-    assert all(f"\n  {command} " in listing for command in ("train", "resume", "eval"))
+    assert all(f"\n  {command} " in listing for command in ("train", "resume", "eval", "export"))
     assert "CONFIG" in mxdist("train", "--help").stdout
     assert "KEY=VALUE" in mxdist("train", "--help").stdout
     assert "RUN_DIR" in mxdist("resume", "--help").stdout
@@ -79,9 +79,10 @@ def test_mistakes_in_the_configuration_are_one_sentence(file: str) -> None:
     assert one_sentence(mxdist("train", file, "run.seed=1", "run.sed=1")) == sentence
 
 
-def test_what_is_no_run_is_neither_resumed_nor_evaluated(tmp_path: Path) -> None:
+def test_what_is_no_run_is_neither_resumed_nor_evaluated_nor_exported(tmp_path: Path) -> None:
     for command in ("resume", "eval"):
         assert "holds no run" in one_sentence(mxdist(command, str(tmp_path)))
+    assert "holds no run" in one_sentence(mxdist("export", str(tmp_path), str(tmp_path / "out")))
 
 
 def test_settings_of_a_resumed_run_are_checked_too(tmp_path: Path) -> None:
