@@ -1,7 +1,8 @@
 """Makes Megatron-core 0.16.1 run on a machine with no GPU, over gloo. The only module that patches other people's code.
 
 ``install()`` must run in a learner process before anything else imports Megatron, and never in a process that hosts
-vLLM: what it replaces is global to the process. On a machine with a GPU it does nothing but the last two items.
+vLLM: what it replaces is global to the process. On a machine with a GPU it does nothing but the last four items, of
+which the optimizer is left alone where Transformer Engine or Apex brings one.
 
 What it replaces, and why (files relative to megatron/core):
 
@@ -19,9 +20,10 @@ What it replaces, and why (files relative to megatron/core):
     random._get/_set_cuda_rng_state           the same generator, reached through torch._C
     token_dispatcher.maybe_move_tensor_to_cpu the split sizes of an all-to-all must be numbers, and a tensor that is on
                                               the CPU already is passed on as it is
-    optimizer.Adam                            see ``GroupStepAdam``
+    optimizer.Adam                            see ``GroupStepAdam``; wherever torch's would be used, on a GPU as well
     torch.compile, while Megatron is imported small functions are compiled with a C++ compiler at their first call, and
-                                              importing the compiler doubles the start-up time
+                                              importing the compiler doubles the start-up time; on a GPU as well,
+                                              where the compiled functions are none that this project's layers call
     moe_utils.te_general_gemm                 an upstream defect: without Transformer Engine the router uses a name
                                               that is not defined (a NameError), on a GPU as well
     filesystem_async._results_queue           for a queue whose two ends are in this process, as long as checkpoints are
@@ -46,10 +48,14 @@ def install() -> None:
     global _installed
     if _installed:
         return
-    if not torch.cuda.is_available():
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
         _replace_cuda_runtime()
-        with _without_compile():
+    with _without_compile():
+        _import_megatron()
+        if not on_gpu:
             _replace_in_megatron()
+    _replace_torch_optimizer()
     _define_missing_name()
     _keep_results_of_writing_here()
     _installed = True
@@ -129,13 +135,14 @@ class GroupStepAdam(torch.optim.Optimizer):
                     self.state[param].update(exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
             states = [self.state[param] for param in params]
             done = int(group.get("step", 0))
+            steps = torch.full((len(params),), float(done), device=params[0].device)  # where the fused kernel wants it
             adamw(
                 params,
                 [param.grad for param in params],
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [],
-                [torch.tensor(float(done)) for _ in params],
+                list(steps.unbind()),
                 fused=True,
                 amsgrad=False,
                 maximize=False,
@@ -188,15 +195,18 @@ def _without_compile() -> Iterator[None]:
         torch.compile = compiler
 
 
-def _replace_in_megatron() -> None:
+def _import_megatron() -> None:
+    """All that the learner needs, with nothing compiled."""
     from megatron.core import jit
-    from megatron.core import optimizer as megatron_optimizer
-    from megatron.core.models.gpt import gpt_model  # noqa: F401  # the rest of what the learner needs, uncompiled
-    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.models.gpt import gpt_model  # noqa: F401
+
+    jit.disable_jit_fuser()  # for modules imported later
+
+
+def _replace_in_megatron() -> None:
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
 
-    jit.disable_jit_fuser()  # for modules imported later
     for module in _with_cuda_literals():
         module.torch = HostTorch()
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # noqa: ARG005
@@ -206,9 +216,16 @@ def _replace_in_megatron() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
-    megatron_optimizer.Adam = distrib_optimizer.Adam = GroupStepAdam
-    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _replace_torch_optimizer() -> None:
+    from megatron.core import optimizer as megatron_optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
+        megatron_optimizer.Adam = distrib_optimizer.Adam = GroupStepAdam
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
 def _with_cuda_literals() -> list[Any]:

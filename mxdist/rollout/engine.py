@@ -23,6 +23,9 @@ from mxdist.rollout import vllm_plugin
 
 KV_BLOCK = 32
 """Tokens in a block of the KV cache; the smallest the CPU attention takes, so that short prompts share blocks too."""
+FREE_AT_START = 0.01
+"""Share of a GPU's memory that vLLM insists on finding free. The KV cache has a size of its own, so this is no budget;
+vLLM's default of 0.92 would refuse a GPU that a learner is on already."""
 
 
 def write_model_dir(model_dir: Path, shape: ModelShape, recipes: ModelRecipes) -> None:
@@ -48,6 +51,7 @@ class Engine:
             max_model_len=config.context,
             max_num_seqs=config.rollout.max_sequences,
             kv_cache_memory_bytes=config.rollout.kv_cache_mib << 20,
+            gpu_memory_utilization=FREE_AT_START,
             block_size=KV_BLOCK,
             enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",  # of the tempered distribution, the one that is sampled from

@@ -44,6 +44,9 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "TORCHDYNAMO_DISABLE": "1",  # else the first generate compiles a helper with g++ for half a minute
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # a warning of torch's about NUMA binding, at every start
+    # On a GPU the model runner and the sampler that a CPU has too, with a generator for each request.
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 
 

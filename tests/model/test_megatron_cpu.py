@@ -22,18 +22,25 @@ print("megatron" in sys.modules, torch.cuda.current_device.__module__, torch.cud
     assert run_python(code) == "False torch.cuda torch.cuda.streams"
 
 
-def test_on_a_machine_with_a_gpu_install_leaves_cuda_and_the_optimizer_alone() -> None:
-    code = """
+INSTALL_AS_ON_A_GPU = """
 import warnings; warnings.simplefilter("ignore")
 import torch
 torch.cuda.is_available = lambda: True
-from mxdist.model import megatron_cpu
-megatron_cpu.install()
-from megatron.core.optimizer import Adam
+import megatron.core.optimizer
 from megatron.core.transformer.moe import moe_utils
-print(torch.cuda.current_device.__module__, Adam.__module__, hasattr(moe_utils, "te_general_gemm"))
+from mxdist.model import megatron_cpu
+megatron.core.optimizer.USING_PYTORCH_OPTIMIZER = {torch_optimizer}
+megatron_cpu.install()
+print(torch.cuda.current_device.__module__, hasattr(moe_utils, "te_general_gemm"), megatron.core.optimizer.Adam.__name__)
 """
-    assert run_python(code) == "torch.cuda torch.optim.adamw True"
+
+
+def test_on_a_machine_with_a_gpu_install_leaves_cuda_alone_and_replaces_torchs_optimizer() -> None:
+    assert run_python(INSTALL_AS_ON_A_GPU.format(torch_optimizer=True)) == "torch.cuda True GroupStepAdam"
+
+
+def test_the_optimizer_of_transformer_engine_or_apex_is_left_alone() -> None:
+    assert run_python(INSTALL_AS_ON_A_GPU.format(torch_optimizer=False)) == "torch.cuda True AdamW"
 
 
 def test_host_torch_creates_on_the_cpu_what_is_asked_for_on_a_gpu() -> None:
