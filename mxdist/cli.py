@@ -77,6 +77,28 @@ def evaluate(run_dir: RunDir, settings: Settings = None) -> None:
 
 
 @app.command()
+def profile(
+    config: ConfigFile,
+    settings: Settings = None,
+    against: Annotated[str, typer.Option(metavar="RECIPE", help="The recipe to compare with.")] = "bf16",
+    steps: Annotated[int, typer.Option(min=1, help="Steps to measure.")] = 5,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps before them.")] = 2,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to save, instead of under runs/.")] = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Save a torch profiler trace of one learner step too.")
+    ] = False,
+) -> None:
+    """Where the time of a step goes, beside the same steps with another recipe.
+
+    Same seeds and prompts, no warm start, evaluation or checkpoint. Prints a table and saves it with profile.json.
+    """
+    load_config(config, settings or [])  # mistakes in the settings show before the heavy imports
+    from mxdist.control import profiling
+
+    profiling.profile(profiling.Options(config, settings or [], against, steps, warmup, out, trace))
+
+
+@app.command()
 def decompose(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A directory of safetensors, or a run directory.")],
     recipe: Annotated[

@@ -82,12 +82,22 @@ class EntropyStatistics:
 
 
 @dataclass(frozen=True)
+class ProcessUsage:
+    """The most memory that one process has held so far."""
+
+    device: str  # "cpu", or the name of its GPU
+    resident_mib: float  # on the host
+    gpu_mib: float | None  # allocated through torch on its GPU; None without one
+
+
+@dataclass(frozen=True)
 class RolloutResult:
     groups: tuple[Group, ...]
     entropy: EntropyStatistics  # estimated from the sampled tokens' log-probabilities
     seconds: float
     perturbed_modules: int  # norms whose weights noise changed while these were sampled
     applied_sigma: float  # root mean square of that change; below sigma where the dtype rounds it away
+    usage: tuple[ProcessUsage, ...] = ()  # of the workers that took part
 
 
 @dataclass(frozen=True)
@@ -159,6 +169,7 @@ class UpdateReport:
     grad_norm: float
     learning_rate: float
     seconds: dict[str, float]  # by phase
+    usage: ProcessUsage
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from mxdist.aqn.controller import AqnController
 from mxdist.config import Config, load_config
 from mxdist.control.checkpoints import CheckpointStore
 from mxdist.control.collect import Collector
-from mxdist.control.loop import Trainer
+from mxdist.control.loop import Measurement, Trainer
 from mxdist.control.system import System, running
 from mxdist.control.weights import WeightSync
 from mxdist.errors import ProcessFailure, UserError
@@ -20,14 +20,14 @@ from mxdist.tasks.base import Cursor, Task
 from mxdist.tasks.registry import make_task
 
 
-def train(config: Config) -> None:
+def train(config: Config, measurement: Measurement | None = None) -> None:
     """Start a new run and train it to the end."""
     model_recipes(config)
     task = make_task(config)
     with RunDirectory.create(config) as run_dir:
         task.tokenizer.save(run_dir.path / TOKENIZER)
         try:
-            _train(config, task, run_dir)
+            _train(config, task, run_dir, measurement)
         except UserError:
             if not CheckpointStore(run_dir.path).steps():  # nothing is lost, and the mended command can be repeated
                 run_dir.discard()
@@ -58,7 +58,7 @@ def _require_same_run(saved: Config, config: Config) -> None:
             )
 
 
-def _train(config: Config, task: Task, run_dir: RunDirectory) -> None:
+def _train(config: Config, task: Task, run_dir: RunDirectory, measurement: Measurement | None = None) -> None:
     """Train to the end, from the newest checkpoint if there is one; from there again when a learner rank fails."""
     with (
         Console(run_dir.path, config.run.steps) as console,
@@ -66,7 +66,7 @@ def _train(config: Config, task: Task, run_dir: RunDirectory) -> None:
     ):
         while True:
             try:
-                _train_from_newest(config, task, run_dir, system, console)
+                _train_from_newest(config, task, run_dir, system, console, measurement)
                 break
             except ProcessFailure as failure:  # of a learner rank: the others are replaced where they are waited for
                 system.supervisor.take(failure)
@@ -75,7 +75,14 @@ def _train(config: Config, task: Task, run_dir: RunDirectory) -> None:
         console.finished(run_dir.path)
 
 
-def _train_from_newest(config: Config, task: Task, run_dir: RunDirectory, system: System, console: Console) -> None:
+def _train_from_newest(
+    config: Config,
+    task: Task,
+    run_dir: RunDirectory,
+    system: System,
+    console: Console,
+    measurement: Measurement | None,
+) -> None:
     checkpoints = CheckpointStore(run_dir.path)
     state, learner_folder = checkpoints.newest() if checkpoints.steps() else (None, None)
     first_step = state.step if state else 0
@@ -110,5 +117,6 @@ def _train_from_newest(config: Config, task: Task, run_dir: RunDirectory, system
             loggers=loggers,
             rollouts=RolloutFiles(run_dir.path, config.log.rollout_groups, task.tokenizer),
             console=console,
+            measurement=measurement,
         )
         trainer.run(first_step, fresh=state is None)

@@ -1,5 +1,6 @@
 """Finished, scored groups for the learner: what is sampled ahead, how it is scored, which groups are kept."""
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from mxdist.control.groups import RolloutPool, merge_results
 from mxdist.control.processes import Process
 from mxdist.control.supervisor import Call, Supervisor, Worker
 from mxdist.control.waits import Pending
-from mxdist.messages import EntropyStatistics, Group, Noise, Prompt, RolloutResult, SamplingSettings
+from mxdist.messages import EntropyStatistics, Group, Noise, ProcessUsage, Prompt, RolloutResult, SamplingSettings
 from mxdist.seeds import derive_seed
 from mxdist.tasks.base import Cursor, RewardResult, Task
 
@@ -25,9 +26,16 @@ class RewardPool:
         self._workers = list(workers)
         self._deadline = config.deadlines.reward
         self._task = task
+        self.seconds = 0.0  # that scoring has taken so far
         self._supervisor = supervisor
 
     def score(self, groups: Sequence[Group], doing: str) -> list[ScoredGroup]:
+        started = time.monotonic()
+        scored = self._scores(groups, doing)
+        self.seconds += time.monotonic() - started
+        return scored
+
+    def _scores(self, groups: Sequence[Group], doing: str) -> list[ScoredGroup]:
         count = len(self._workers)
         calls = [
             worker.call(partial(_score, doing=doing, items=self._items(groups[index::count])))
@@ -75,6 +83,8 @@ class Collected:
     perturbed_modules: int
     applied_sigma: float
     rollout_seconds: float
+    reward_seconds: float
+    usage: tuple[ProcessUsage, ...]  # of the rollout workers
     extra_batches: int
     without_signal: int  # groups kept whose rewards are all equal
 
@@ -114,6 +124,7 @@ class Collector:
         wanted = algorithm.prompts_per_step
         extra_allowed = algorithm.max_extra_batches if isinstance(algorithm, Dapo) else 0
         results = [self._finish(batch)]
+        started = self.rewards.seconds
         scored = self.rewards.score(results[0].groups, f"reward of step {step}")
         while len(results) <= extra_allowed and sum(group.has_signal for group in scored) < wanted:
             batch = self._submit(step, len(results))
@@ -128,6 +139,8 @@ class Collector:
             perturbed_modules=min(result.perturbed_modules for result in results),
             applied_sigma=min(result.applied_sigma for result in results),
             rollout_seconds=sum(result.seconds for result in results),
+            reward_seconds=self.rewards.seconds - started,
+            usage=results[-1].usage,
             extra_batches=len(results) - 1,
             without_signal=sum(not group.has_signal for group in scored),
         )

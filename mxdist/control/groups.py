@@ -36,9 +36,15 @@ class LearnerGroup:
         return self._all("start", "build")
 
     def update(
-        self, batch: TrainBatch, algorithm: AlgorithmConfig | Supervised, lr: float, doing: str, watch: bool = False
+        self,
+        batch: TrainBatch,
+        algorithm: AlgorithmConfig | Supervised,
+        lr: float,
+        doing: str,
+        watch: bool = False,
+        trace: Path | None = None,
     ) -> list[UpdateReport]:
-        pending = self._all(doing, "update", ray.put(batch), algorithm, lr, watch)
+        pending = self._all(doing, "update", ray.put(batch), algorithm, lr, watch, trace)
         return wait_for(pending, self._deadlines.update, "update")
 
     def export(self, version: int) -> list[Pending]:
@@ -113,4 +119,5 @@ def merge_results(results: Sequence[RolloutResult]) -> RolloutResult:
         seconds=max(result.seconds for result in results),
         perturbed_modules=min(result.perturbed_modules for result in results),
         applied_sigma=min(result.applied_sigma for result in results),
+        usage=tuple(usage for result in results for usage in result.usage),
     )

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from mxdist.control.collect import Collected, Collector, RewardPool
 from mxdist.control.evaluation import greedy_accuracy, in_words
 from mxdist.control.groups import LearnerGroup, RolloutPool
 from mxdist.control.schedule import learning_rate, warm_start_learning_rate
-from mxdist.control.step_metrics import step_metrics
+from mxdist.control.step_metrics import cost_metrics, step_metrics
 from mxdist.control.supervisor import Supervisor
 from mxdist.control.weights import WeightSync
 from mxdist.learner.losses import get_objective
@@ -34,6 +35,13 @@ from mxdist.observe.loggers import Loggers
 from mxdist.observe.rollout_files import RolloutFiles
 from mxdist.seeds import derive_seed
 from mxdist.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A run for its speed alone: no evaluation, no checkpoint."""
+
+    trace: Path | None = None  # file for a profiler's trace of the last step's update
 
 
 @dataclass
@@ -54,6 +62,7 @@ class Trainer:
     loggers: Loggers
     rollouts: RolloutFiles
     console: Console
+    measurement: Measurement | None = None
     _seconds: dict[str, float] = field(default_factory=dict)  # by phase, of the step under way
 
     def run(self, first_step: int, fresh: bool) -> None:
@@ -63,14 +72,13 @@ class Trainer:
             self._warm_start()
         self.sync.push(first_step)
         metrics = self.sync.check_all()
-        if fresh:
+        if fresh and not self.measurement:
             self.loggers.log(0, metrics | self._evaluate(0))
             self._checkpoint(0)
         for step in range(first_step, run.steps):
             metrics = self._train_step(step)
             done = step + 1
-            last = done == run.steps
-            if last or (run.eval_every and done % run.eval_every == 0):
+            if self._due(done, run.eval_every):
                 metrics |= self._evaluate(done)
             metrics |= {f"timing_s/{name}": seconds for name, seconds in self._seconds.items()}
             self.loggers.log(done, metrics)
@@ -78,8 +86,12 @@ class Trainer:
             self.rollouts.write(done, self._collected.scored)
             self._seconds = {}  # a checkpoint's seconds stand in the next step's line
             # After its line in the log: a run that resumes from here will not write that line again.
-            if last or (run.checkpoint_every and done % run.checkpoint_every == 0):
+            if self._due(done, run.checkpoint_every):
                 self._checkpoint(done)
+
+    def _due(self, done: int, every: int) -> bool:
+        """Whether what is done ``every`` so many steps and at the end is to be done after ``done`` steps."""
+        return not self.measurement and (done == self.config.run.steps or (every > 0 and done % every == 0))
 
     def _train_step(self, step: int) -> dict[str, float]:
         """One optimizer step (or ``algorithm.minibatches`` of them) on one batch of groups."""
@@ -98,7 +110,8 @@ class Trainer:
         entropy = sum((report.entropy for report in reports), EntropyStatistics())
         self.aqn.observe(step, entropy)
         seconds = self._seconds["step"] = time.monotonic() - started
-        return step_metrics(step, collected, reports, entropy, seconds) | sync_metrics
+        costs = cost_metrics(self.shape, collected, reports, config.learner.ranks)
+        return step_metrics(step, collected, reports, entropy, seconds) | costs | sync_metrics
 
     def _update(self, step: int, collected: Collected) -> list[UpdateReport]:
         config = self.config
@@ -112,7 +125,8 @@ class Trainer:
         )
         lr = learning_rate(config.optimizer, step)
         watch = config.log.quant_every > 0 and step % config.log.quant_every == 0
-        return self.learners.update(batch, config.algorithm, lr, f"update of step {step}", watch)
+        trace = self.measurement.trace if self.measurement and step == config.run.steps - 1 else None
+        return self.learners.update(batch, config.algorithm, lr, f"update of step {step}", watch, trace)
 
     def _warm_start(self) -> None:
         """Supervised steps on the task's demonstrations, by the same learner."""

@@ -1,11 +1,15 @@
 """The metrics of one training step, under the names that users of other systems compare curves by."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
+from mxdist.config.model_costs import forward_flops
 from mxdist.control.collect import Collected
 from mxdist.messages import EntropyStatistics, UpdateReport
+from mxdist.model.shape import ModelShape
+from mxdist.observe.usage import bf16_peak
 
 
 def step_metrics(
@@ -42,6 +46,7 @@ def step_metrics(
         "aqn/perturbed_modules": float(collected.perturbed_modules),
         "perf/throughput": tokens / seconds,
         "timing_s/generate": collected.rollout_seconds,
+        "timing_s/reward": collected.reward_seconds,
     }
     for part in groups[0].parts:
         metrics[f"reward/{part}"] = float(np.mean([scored.parts[part] for scored in groups]))
@@ -49,6 +54,34 @@ def step_metrics(
         metrics[name] = total
     for phase in reports[0].seconds:
         metrics[f"timing_s/{phase}"] = max(report.seconds[phase] for report in reports)
+    return metrics
+
+
+def cost_metrics(
+    shape: ModelShape, collected: Collected, reports: Sequence[UpdateReport], ranks: int
+) -> dict[str, float]:
+    """Tokens, the most memory that a process of each kind has held so far, and the learner's share of its peak.
+
+    ``perf/mfu/actor`` counts forward and backward pass of the trained sequences, against the dense BF16 peak of the
+    learner's GPUs; it is absent where no peak is known, as on a CPU.
+    """
+    pairs = [(scored.group.prompt, sample) for scored in collected.scored for sample in scored.group.samples]
+    lengths = [len(prompt.tokens) + len(sample.tokens) for prompt, sample in pairs]
+    metrics = {
+        "perf/tokens": float(sum(lengths)),
+        "perf/response_tokens": float(sum(len(sample.tokens) for _, sample in pairs)),
+    }
+    for kind, usages in (("learner", [report.usage for report in reports]), ("rollout", collected.usage)):
+        metrics[f"perf/memory_mib/{kind}"] = max(usage.resident_mib for usage in usages)
+        on_gpu = [usage.gpu_mib for usage in usages if usage.gpu_mib is not None]
+        if on_gpu:
+            metrics[f"perf/gpu_memory_mib/{kind}"] = max(on_gpu)
+    peak = bf16_peak(reports[0].usage.device)
+    if peak is not None:
+        counted = Counter(lengths)
+        flops = 3 * sum(forward_flops(shape.config, shape.vocab_size, n) * count for n, count in counted.items())
+        seconds = max(report.seconds["forward_backward"] for report in reports)
+        metrics["perf/mfu/actor"] = flops / (seconds * ranks * peak)
     return metrics
 
 

@@ -22,10 +22,12 @@ from mxdist.config.hf_config import model_directory
 from mxdist.config.schema import AlgorithmConfig, Config, Supervised
 from mxdist.learner.losses import get_objective
 from mxdist.learner.microbatches import MicroBatch, micro_batches, optimizer_batches, padding_saved, rejoin
+from mxdist.learner.trace import traced
 from mxdist.messages import EntropyStatistics, LearnerReport, Mean, TrainBatch, UpdateReport, WeightPayload
 from mxdist.model.linear_names import linear_names
 from mxdist.model.recipes import model_recipes
 from mxdist.model.shape import ModelShape
+from mxdist.observe.usage import process_usage
 
 if TYPE_CHECKING:
     from mxdist.learner.policy import Scored
@@ -95,13 +97,24 @@ class LearnerWorker:
         return rejoin(pieces, parts[: len(pieces)], *batch.tokens.shape)
 
     def update(
-        self, batch: TrainBatch, algorithm: AlgorithmConfig | Supervised, learning_rate: float, watch: bool = False
+        self,
+        batch: TrainBatch,
+        algorithm: AlgorithmConfig | Supervised,
+        learning_rate: float,
+        watch: bool = False,
+        trace: Path | None = None,
     ) -> UpdateReport:
         """Make ``algorithm.minibatches`` optimizer updates of the whole step's batch, which every rank is given.
 
         Update i takes the i-th run of consecutive rows, shared out by ``micro_batches``. ``watch`` adds the metrics of
-        ``learner.telemetry``, if anything is quantised.
+        ``learner.telemetry``, if anything is quantised. ``trace`` is a file for rank 0's trace of it all.
         """
+        with traced(trace if self.rank == 0 else None):
+            return self._update(batch, algorithm, learning_rate, watch)
+
+    def _update(
+        self, batch: TrainBatch, algorithm: AlgorithmConfig | Supervised, learning_rate: float, watch: bool
+    ) -> UpdateReport:
         seconds = dict.fromkeys(("old_logprobs", "forward_backward", "optimizer"), 0.0)
         objective = get_objective(algorithm)
         batches = optimizer_batches(batch, algorithm.minibatches)
@@ -121,7 +134,7 @@ class LearnerWorker:
         means |= self._means(batches, shares, scored, isinstance(algorithm, Supervised))
         if not self._place.reports:
             entropy = EntropyStatistics()
-        return UpdateReport(means, entropy, float(np.mean(norms)), learning_rate, seconds)
+        return UpdateReport(means, entropy, float(np.mean(norms)), learning_rate, seconds, process_usage())
 
     def _micro_batches(self, batch: TrainBatch) -> list[MicroBatch]:
         place, learner = self._place, self.config.learner
@@ -207,7 +220,10 @@ class LearnerWorker:
 def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
     try:
-        yield
+        with torch.profiler.record_function(phase):  # the phase's name in a trace
+            yield
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # else a phase pays for what the one before it left running
     finally:
         seconds[phase] += time.perf_counter() - start
 

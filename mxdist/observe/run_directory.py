@@ -36,7 +36,7 @@ class RunDirectory:
         Raises:
             UserError: it holds a run, or anything else, or cannot be written.
         """
-        path = _new_default(config.run.name) if config.run.dir is None else config.run.dir.expanduser().absolute()
+        path = new_directory(config.run.name) if config.run.dir is None else config.run.dir.expanduser().absolute()
         try:
             path.mkdir(parents=True, exist_ok=True)
             if leftovers := {entry.name for entry in path.iterdir()} - {LOCK_FILE}:
@@ -100,8 +100,8 @@ class RunDirectory:
         self.release()
 
 
-def _new_default(name: str) -> Path:
-    """A directory that did not exist before, even when several runs start within one second."""
+def new_directory(name: str) -> Path:
+    """Make runs/<name>-<date>-<time>, which did not exist before, even when several runs start within one second."""
     stem = Path("runs").absolute() / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     stem.parent.mkdir(exist_ok=True)
     for attempt in range(1, 1000):

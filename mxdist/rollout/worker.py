@@ -32,6 +32,7 @@ from mxdist.messages import (
 )
 from mxdist.model.recipes import model_recipes
 from mxdist.model.shape import ModelShape
+from mxdist.observe.usage import process_usage
 from mxdist.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -140,7 +141,8 @@ class RolloutWorker:
             Group(prompt, tuple(samples[i * size : (i + 1) * size]), self._version, noise.sigma)
             for i, prompt in enumerate(request.prompts)
         )
-        return RolloutResult(groups, _entropy(samples), time.perf_counter() - started, *applied)
+        seconds = time.perf_counter() - started
+        return RolloutResult(groups, _entropy(samples), seconds, *applied, (process_usage(),))
 
     def shutdown(self) -> None:
         """Free the engine. The process can exit afterwards; it cannot start another one."""
