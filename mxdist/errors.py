@@ -17,6 +17,10 @@ class ParityError(RunStopped):
     """Learner and engine disagree about quantised modules or about the bytes of a weight."""
 
 
+class OutOfMemory(RunStopped):
+    """A GPU has no memory left for a process of the run."""
+
+
 class ProcessFailure(RunStopped):
     """Processes of the run died or stopped answering. What can be replaced is, within ``run.restarts``."""
 

@@ -18,7 +18,9 @@ from typing import Any
 import ray
 
 from mxdist.config import Config
+from mxdist.config.model_costs import parameters
 from mxdist.control import stacks
+from mxdist.control.memory import explained
 from mxdist.control.waits import Pending, wait_for
 from mxdist.errors import UserError
 from mxdist.model.shape import ModelShape
@@ -37,7 +39,8 @@ WORKER_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
 }
 REWARD_WORKER_CPUS = 0.25
-OBJECT_STORE_BYTES = 512 << 20
+OBJECT_STORE_BYTES = 512 << 20  # at least
+VERSIONS_IN_STORE = 3  # of the weights: one on its way, one that the engines have, one that goes
 CONNECT_SECONDS = 5.0
 
 
@@ -47,6 +50,8 @@ class WorkerProcess:
     def __init__(self, stacks_file: Path) -> None:
         logging.disable(logging.WARNING)  # third-party chatter; errors still reach Ray's worker logs
         stacks.register(stacks_file)
+        if not ray.get_gpu_ids():  # Ray leaves every GPU in sight of a process that has asked for none
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._worker: Any = None
         self._failure: Exception | None = None
 
@@ -62,7 +67,8 @@ class WorkerProcess:
     def call(self, method: str, *arguments: Any) -> Any:
         if self._failure is not None:
             raise self._failure
-        return getattr(self._worker, method)(*arguments)
+        with explained(self._worker, method):
+            return getattr(self._worker, method)(*arguments)
 
     def call_with_list(self, method: str, *items: Any) -> Any:
         """Call ``method`` with one list. Ray resolves references only when they are arguments of their own."""
@@ -133,6 +139,13 @@ def gpus_wanted(config: Config) -> float:
     return learner.ranks * learner.gpus_per_rank + rollout.workers * rollout.gpus_per_worker
 
 
+def object_store_bytes(config: Config) -> int:
+    """For weights in full precision; what does not fit would go through the disk."""
+    width = 4 if config.model.dtype == "float32" else 2
+    weights = parameters(config.model, config.model.vocab_size or 0) * width
+    return max(OBJECT_STORE_BYTES, VERSIONS_IN_STORE * weights)
+
+
 def start_ray(config: Config) -> None:
     """Start Ray on this machine, or join the cluster of ``cluster.address``, and check that the run fits.
 
@@ -153,7 +166,7 @@ def start_ray(config: Config) -> None:
         ray.init(
             num_cpus=logical,
             include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
+            object_store_memory=object_store_bytes(config),
             **common,
         )
     else:

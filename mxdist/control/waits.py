@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
-from mxdist.errors import DeadlineExceeded, ProcessDied, RunStopped, UserError
+from mxdist.errors import DeadlineExceeded, OutOfMemory, ProcessDied, RunStopped, UserError
 
 GRACE_SECONDS = 5.0  # after one process failed, for Ray to learn that another has died
 GONE = (RayActorError, ObjectLostError)  # the process, or the node that held what it returned
@@ -88,6 +88,8 @@ def _raise_if_failed(call: Pending, others: Sequence[Pending], first: Pending) -
     except GetTimeoutError:  # a large result on its way from another node
         return
     except RayTaskError as error:
+        if isinstance(error.cause, OutOfMemory):
+            raise OutOfMemory(f"{call.process} {error.cause}") from None
         if isinstance(error.cause, UserError | RunStopped):
             raise error.cause from None
         # A rank whose peer is gone fails in its own collective: say who is gone rather than who noticed.

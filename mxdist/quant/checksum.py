@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = {"cpu": 1 << 16, "cuda": 1 << 25}
-"""Bytes taken at a time: a cache's worth, and on a GPU enough for one kernel. Temporary memory is 8 to 16 times that."""
+"""Bytes taken at a time: a cache's worth, and on a GPU enough for a kernel. Temporary memory is up to 24 times that."""
 _MASK = (1 << 64) - 1
 # Odd multipliers of the splitmix64 finaliser, written as signed 64-bit numbers because torch has no uint64 arithmetic.
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))

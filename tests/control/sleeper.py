@@ -4,7 +4,7 @@ import os
 import signal
 import time
 
-from mxdist.errors import ParityError, UserError
+from mxdist.errors import OutOfMemory, ParityError, UserError
 
 
 class Sleeper:
@@ -13,7 +13,11 @@ class Sleeper:
         return seconds
 
     def fail(self, kind: str) -> None:
-        raise {"user": UserError, "parity": ParityError, "bug": ZeroDivisionError}[kind]("what happened")
+        errors = {"user": UserError, "parity": ParityError, "memory": OutOfMemory, "bug": ZeroDivisionError}
+        raise errors[kind]("what happened")
+
+    def environment(self, name: str) -> str | None:
+        return os.environ.get(name)
 
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

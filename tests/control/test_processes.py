@@ -9,10 +9,13 @@ import pytest
 import ray
 
 from mxdist.config import Config
-from mxdist.control.processes import Process, cpus_wanted, start_ray
+from mxdist.config.model_costs import parameters
+from mxdist.control.processes import Process, cpus_wanted, object_store_bytes, start_ray
 from mxdist.control.roster import Roster
 from mxdist.control.waits import wait_for
-from mxdist.errors import DeadlineExceeded, ParityError, RunStopped, UserError
+from mxdist.errors import DeadlineExceeded, OutOfMemory, ParityError, RunStopped, UserError
+
+ONE_RANK = {"ranks": 1, "expert_parallel": 1}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,6 +118,22 @@ def test_a_cluster_that_does_not_answer_is_named() -> None:
             start_ray(Config.model_validate({"cluster": {"address": "127.0.0.1:1"}}))
     finally:
         start_ray(Config())
+
+
+def test_a_full_gpu_is_reported_with_the_name_of_the_process(sleeper: Process) -> None:
+    with pytest.raises(OutOfMemory, match=r"^learner rank 7 what happened$"):
+        wait_for([sleeper.call("work", "fail", "memory")], 30, "update")
+
+
+def test_a_process_that_asks_for_no_gpu_sees_none(sleeper: Process) -> None:
+    assert wait_for([sleeper.call("look", "environment", "CUDA_VISIBLE_DEVICES")], 30, "update") == [""]
+
+
+def test_the_object_store_holds_three_versions_of_large_weights() -> None:
+    small, large = ({"hidden_size": 4096, "num_hidden_layers": layers, "num_experts": 0} for layers in (1, 40))
+    assert object_store_bytes(Config.model_validate({"model": small, "learner": ONE_RANK})) >= 512 << 20
+    config = Config.model_validate({"model": {**large, "dtype": "bfloat16"}, "learner": ONE_RANK})
+    assert object_store_bytes(config) == 6 * parameters(config.model, 0)
 
 
 def test_processors_wanted_add_up_over_all_workers() -> None:

@@ -31,7 +31,8 @@ from megatron.core.transformer.moe import moe_utils
 from mxdist.model import megatron_cpu
 megatron.core.optimizer.USING_PYTORCH_OPTIMIZER = {torch_optimizer}
 megatron_cpu.install()
-print(torch.cuda.current_device.__module__, hasattr(moe_utils, "te_general_gemm"), megatron.core.optimizer.Adam.__name__)
+optimizer = megatron.core.optimizer.Adam.__name__
+print(torch.cuda.current_device.__module__, hasattr(moe_utils, "te_general_gemm"), optimizer)
 """
 
 
