@@ -373,11 +373,6 @@ class Config(Section):
         recipes = [self.recipe, *(override.recipe for override in self.recipe_overrides)]
         quantum = max(MACRO_BLOCK if "_mbs" in name else 1 if name == "bf16" else BLOCK for name in recipes)
         check_layout(self.model, self.learner, quantum)
-        if self.learner.ranks > 1 and 0 < self.learner.gpus_per_rank <= 0.5:
-            raise ValueError(
-                f"learner.gpus_per_rank={self.learner.gpus_per_rank:g} may put two learner ranks on one GPU, where "
-                f"they cannot communicate; use more than 0.5, or learner.ranks=1"
-            )
         per_update = self.algorithm.prompts_per_step * self.algorithm.samples_per_prompt // self.algorithm.minibatches
         if per_update % self.data_parallel:
             raise ValueError(

@@ -150,8 +150,15 @@ def start_ray(config: Config) -> None:
     """Start Ray on this machine, or join the cluster of ``cluster.address``, and check that the run fits.
 
     Raises:
-        UserError: the cluster cannot be reached, or has fewer CPUs or GPUs than the layout asks for.
+        UserError: the cluster cannot be reached, or has fewer CPUs or GPUs than the layout asks for; or two learner
+            ranks may come to share a GPU.
     """
+    learner = config.learner
+    if learner.ranks > 1 and 0 < learner.gpus_per_rank <= 0.5:
+        raise UserError(
+            f"learner.gpus_per_rank={learner.gpus_per_rank:g} may put two learner ranks on one GPU, where they cannot "
+            f"communicate; use more than 0.5, or learner.ranks=1"
+        )
     common: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,

@@ -172,11 +172,6 @@ def test_an_invalid_value_is_quoted_with_its_key(file: Path) -> None:
             "learner:\n  ranks: 3\n",
             "learner.expert_parallel=2 does not divide learner.ranks=3; choose a divisor of 3 (FILE)",
         ),
-        (
-            "learner:\n  gpus_per_rank: 0.5\n",
-            "learner.gpus_per_rank=0.5 may put two learner ranks on one GPU, where they cannot communicate; use more "
-            "than 0.5, or learner.ranks=1 (FILE)",
-        ),
         ("- 1\n", "FILE holds no keys; write settings such as 'run: {seed: 0}'"),
         ("a: b: c", "FILE line 1: not valid YAML (mapping values are not allowed here); mend that line"),
         (

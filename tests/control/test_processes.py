@@ -129,6 +129,12 @@ def test_a_process_that_asks_for_no_gpu_sees_none(sleeper: Process) -> None:
     assert wait_for([sleeper.call("look", "environment", "CUDA_VISIBLE_DEVICES")], 30, "update") == [""]
 
 
+def test_learner_ranks_that_may_share_a_gpu_are_refused_before_anything_starts() -> None:
+    config = Config.model_validate({"learner": {"gpus_per_rank": 0.5}})
+    with pytest.raises(UserError, match=r"learner\.gpus_per_rank=0\.5 .* more than 0\.5, or learner\.ranks=1"):
+        start_ray(config)
+
+
 def test_the_object_store_holds_three_versions_of_large_weights() -> None:
     small, large = ({"hidden_size": 4096, "num_hidden_layers": layers, "num_experts": 0} for layers in (1, 40))
     assert object_store_bytes(Config.model_validate({"model": small, "learner": ONE_RANK})) >= 512 << 20

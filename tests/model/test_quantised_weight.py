@@ -1,0 +1,38 @@
+"""How much is quantised in one call: it changes the memory taken, never the bits."""
+
+import pytest
+import torch
+from torch import nn
+
+from mxdist.model import quantised_weight
+from mxdist.model.quantised_weight import QuantisedWeight, requantise
+from mxdist.quant.recipe import get_recipe
+
+
+class Linear(QuantisedWeight, nn.Linear):
+    recipe = get_recipe("mxfp4_mbs_of")
+
+
+def model() -> nn.ModuleList:
+    generator = torch.Generator().manual_seed(0)
+    linears = nn.ModuleList(Linear(128, rows, bias=False) for rows in (3, 5, 40, 2, 2))
+    for linear in linears:
+        nn.init.normal_(linear.weight, generator=generator)
+    return linears
+
+
+@pytest.mark.parametrize("together", [1, 128 * 8, 2**26])
+def test_weights_are_the_same_however_many_are_quantised_in_a_call(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, calls = model(), []
+    requantise(whole)
+    quantise = quantised_weight.quantise
+    monkeypatch.setattr(quantised_weight, "TOGETHER", together)
+    monkeypatch.setattr(quantised_weight, "quantise", lambda x, operand: calls.append(len(x)) or quantise(x, operand))
+    parts = model()
+    requantise(parts)
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one.quantised_values(), other.quantised_values())
+        assert all(torch.equal(one.quantised().parts()[key], part) for key, part in other.quantised().parts().items())
+    assert calls == {1: [3, 5, 40, 2, 2], 128 * 8: [8, 40, 4], 2**26: [52]}[together]
