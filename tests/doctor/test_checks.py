@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import yaml
 
 from mxdist.config import Config
 from mxdist.config.schema import ClusterConfig, Gsm8kData, LearnerConfig, RolloutConfig, RunConfig
+from mxdist.control import processes
 from mxdist.doctor import devices, inputs, machine, versions
 from mxdist.doctor.collective import check_all_reduce
 from mxdist.doctor.command import doctor
@@ -254,6 +257,20 @@ def test_a_cache_smaller_than_a_sequence_fails(tmp_path: Path, capsys: pytest.Ca
     file.write_text(yaml.safe_dump({"model": model, "rollout": rollout.model_dump(exclude_defaults=True)}))
     assert doctor(file, [], "H100", json_wanted=False) == 1
     assert "rollout.kv_cache_mib: 1 has room for 256 tokens" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_exit_code_of_the_command_says_whether_it_would_start(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    codes = []
+    for text in ("run: {seed: 1}\n", "run: {sed: 1}\n"):
+        file.write_text(text)
+        command = [sys.executable, "-m", "mxdist", "doctor", str(file), "--gpu", "H200"]
+        codes.append(subprocess.run(command, capture_output=True, check=False).returncode)
+    assert codes == [0, 1]
+
+
+def test_the_object_store_is_as_large_as_a_run_makes_it() -> None:
+    assert machine.RAY_STORE == processes.OBJECT_STORE_BYTES
 
 
 def test_a_named_gpu_without_a_configuration_is_refused() -> None:
