@@ -316,6 +316,10 @@ class LogConfig(Section):
 
 class ClusterConfig(Section):
     address: str | None = Field(None, description="Ray cluster to join, such as auto; null starts one on this machine.")
+    interface: str | None = Field(
+        None,
+        description="Network interface of the learner's traffic, such as ib0; null: that of Ray's address.",
+    )
 
 
 class DeadlineConfig(Section):

@@ -19,8 +19,9 @@ import ray
 
 from mxdist.config import Config
 from mxdist.config.model_costs import parameters
-from mxdist.control import stacks
+from mxdist.control import network, stacks
 from mxdist.control.memory import explained
+from mxdist.control.placement import LearnerPlacement, Where
 from mxdist.control.waits import Pending, wait_for
 from mxdist.errors import UserError
 from mxdist.model.shape import ModelShape
@@ -59,6 +60,7 @@ class WorkerProcess:
         """Make the worker. ``path`` is "module:Class", imported here and nowhere else. Later calls repeat a failure."""
         module, name = path.split(":")
         try:
+            network.settle_interface()
             self._worker = getattr(import_module(module), name)(*arguments)
         except Exception as error:
             self._failure = error
@@ -75,27 +77,23 @@ class WorkerProcess:
         return self.call(method, list(items))
 
     def rendezvous(self, wanted_port: int) -> str | None:
-        """tcp://host:port on this node, with a free port for 0; None when the wanted port is taken."""
-        host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", wanted_port))  # as torch will, on every interface
-            except OSError:
-                return None
-            return f"tcp://{host}:{probe.getsockname()[1]}"
+        """See ``control.network.rendezvous``."""
+        network.settle_interface()
+        return network.rendezvous(wanted_port)
 
 
 class Process:
     """The controller's side of one ``WorkerProcess``. Its calls carry its name, for messages."""
 
-    def __init__(self, name: str, cpus: float, gpus: float, stacks_file: Path) -> None:
+    def __init__(self, name: str, cpus: float, gpus: float, stacks_file: Path, where: Where = "DEFAULT") -> None:
         """Ask Ray for it. ``stacks_file``: where it writes its Python stacks when it is asked to."""
         self.name = name
         self.stacks = stacks_file
         stacks_file.unlink(missing_ok=True)  # of an earlier process of this name
         self._actor = (
-            ray.remote(WorkerProcess).options(num_cpus=cpus, num_gpus=gpus, max_restarts=0).remote(stacks_file)
+            ray.remote(WorkerProcess)
+            .options(num_cpus=cpus, num_gpus=gpus, max_restarts=0, scheduling_strategy=where)
+            .remote(stacks_file)
         )
 
     def construct(self, path: str, *arguments: Any) -> Pending:
@@ -121,8 +119,8 @@ class Process:
         return Pending(ref, self.name, doing, time.monotonic())
 
 
-Starter = Callable[[str, float, float], Process]
-"""Starts a process, given its name, CPUs and GPUs; see ``control.roster``."""
+Starter = Callable[[str, float, float, Where], Process]
+"""Starts a process, given its name, CPUs, GPUs and where; see ``control.roster``."""
 
 
 def cpus_wanted(config: Config) -> float:
@@ -162,12 +160,11 @@ def start_ray(config: Config) -> None:
     common: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": dict(WORKER_ENVIRONMENT)},
+        "runtime_env": {"env_vars": WORKER_ENVIRONMENT | network.worker_variables(config)},
     }
     if config.cluster.address is None:
         # Logical CPUs: the actors share whatever cores there are.
         logical = max(int(cpus_wanted(config)) + 1, os.cpu_count() or 1)
-        common["runtime_env"]["env_vars"]["GLOO_SOCKET_IFNAME"] = "lo"
         # Ray puts the interpreter's path unquoted into a shell command: a checkout path with a space would hang.
         common["runtime_env"]["py_executable"] = shlex.quote(sys.executable)
         ray.init(
@@ -206,20 +203,21 @@ def _join_cluster(address: str, arguments: dict[str, Any]) -> None:
         raise complaint from None
 
 
-def start_learners(config: Config, shape: ModelShape, start: Starter) -> list[Process]:
-    """One process a rank, constructed but not built; rank 0's node holds the rendezvous.
+def start_learners(config: Config, shape: ModelShape, start: Starter, placement: LearnerPlacement) -> list[Process]:
+    """One process a rank where it was placed, constructed but not built; rank 0's node holds the rendezvous.
 
     Raises:
         UserError: ``learner.port`` is taken on that node.
     """
     section, deadline = config.learner, config.deadlines.start
     ranks = [
-        start(f"{LEARNER_NAME} {rank}", section.cpus_per_rank, section.gpus_per_rank) for rank in range(section.ranks)
+        start(f"{LEARNER_NAME} {rank}", section.cpus_per_rank, section.gpus_per_rank, where)
+        for rank, where in enumerate(placement.places)
     ]
     [rendezvous] = wait_for([ranks[0].rendezvous(section.port)], deadline, "start")
     if rendezvous is None:
         raise UserError(
-            f"learner.port={section.port} is taken on the learner's node; choose another, or 0 for any free"
+            f"learner.port={section.port} is taken on node {placement.nodes[0]}; choose another, or 0 for any free"
         )
     wait_for(
         [

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from mxdist.control import stacks
+from mxdist.control.placement import Where
 from mxdist.control.processes import Process
 from mxdist.errors import DeadlineExceeded
 
@@ -19,11 +20,11 @@ class Roster:
         self._folder = run_path / FOLDER
         self._processes: dict[str, Process] = {}
 
-    def start(self, name: str, cpus: float, gpus: float) -> Process:
+    def start(self, name: str, cpus: float, gpus: float, where: Where = "DEFAULT") -> Process:
         """A process that Ray is asked to start. Its name may have been another's that was dismissed."""
         if name in self._processes:
             raise ValueError(f"{name} is there already")
-        process = Process(name, cpus, gpus, self._folder / f"{re.sub(r'[^a-z0-9]+', '_', name)}.txt")
+        process = Process(name, cpus, gpus, self._folder / f"{re.sub(r'[^a-z0-9]+', '_', name)}.txt", where)
         self._processes[name] = process
         return process
 

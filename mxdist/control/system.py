@@ -10,6 +10,8 @@ import ray
 from mxdist.config import Config
 from mxdist.control.collect import RewardPool
 from mxdist.control.groups import LearnerGroup, RolloutPool
+from mxdist.control.nodes import require_same_nodes
+from mxdist.control.placement import LearnerPlacement
 from mxdist.control.processes import LEARNER_NAME, start_learners, start_ray
 from mxdist.control.roster import Roster
 from mxdist.control.supervisor import Supervisor
@@ -36,12 +38,13 @@ class System:
     pool: RolloutPool
     rewards: RewardPool
     supervisor: Supervisor
+    placement: LearnerPlacement
 
     def restart_learners(self) -> None:
         """Replace every learner rank; what the other processes have under way is of no interest any more."""
-        _dismiss_learners(self.supervisor)
+        _dismiss_learners(self.supervisor, self.placement)
         self.pool.forget_unfinished()
-        self.learners, _ = _start_learners(self.config, self.shape, self.supervisor)
+        self.learners, _ = _start_learners(self.config, self.shape, self.supervisor, self.placement)
 
 
 @contextmanager
@@ -60,14 +63,17 @@ def running(config: Config, task: Task, run_path: Path, console: Console) -> Ite
     console.phase("starting Ray")
     try:
         start_ray(config)
+        require_same_nodes(config, run_path)
         console.phase("starting learner, rollout and reward processes")
+        placement = LearnerPlacement(config, console.note)
+        placement.reserve()  # before the engines take a place that ranks which belong together need
         pool = RolloutPool(rollout_workers(config, shape, run_path / "engines", supervisor.roster), supervisor)
         engines_starting = pool.start()
         rewards = RewardPool(reward_workers(config, supervisor.roster), config, task, supervisor)
-        learners, learner_reports = _start_learners(config, shape, supervisor)
+        learners, learner_reports = _start_learners(config, shape, supervisor, placement)
         engine_reports: list[EngineReport] = pool.wait(engines_starting, config.deadlines.start, "start")
         _agree_on_modules(config, learner_reports, engine_reports, console)
-        yield System(config, shape, learners, pool, rewards, supervisor)
+        yield System(config, shape, learners, pool, rewards, supervisor, placement)
     except ProcessFailure as failure:
         raise supervisor.stop(failure) from failure
     finally:
@@ -75,21 +81,23 @@ def running(config: Config, task: Task, run_path: Path, console: Console) -> Ite
 
 
 def _start_learners(
-    config: Config, shape: ModelShape, supervisor: Supervisor
+    config: Config, shape: ModelShape, supervisor: Supervisor, placement: LearnerPlacement
 ) -> tuple[LearnerGroup, list[LearnerReport]]:
     """All learner ranks, built; once more from the start when one of them fails meanwhile."""
     while True:
         try:
-            learners = LearnerGroup(start_learners(config, shape, supervisor.roster.start), config)
+            learners = LearnerGroup(start_learners(config, shape, supervisor.roster.start, placement), config)
             return learners, wait_for(learners.build(), config.deadlines.start, "start")
         except ProcessFailure as failure:
             supervisor.take(failure)
-            _dismiss_learners(supervisor)
+            _dismiss_learners(supervisor, placement)
 
 
-def _dismiss_learners(supervisor: Supervisor) -> None:
+def _dismiss_learners(supervisor: Supervisor, placement: LearnerPlacement) -> None:
+    """End what is left of them, and find places anew: their node may be gone."""
     for process in supervisor.roster.named(LEARNER_NAME):
         supervisor.roster.dismiss(process)
+    placement.reserve()
 
 
 def _agree_on_modules(
