@@ -260,6 +260,9 @@ class LearnerConfig(Section):
     micro_batch_tokens: PositiveInt = Field(
         4096, description="Tokens of one forward pass of one rank; a sequence longer than that has one of its own."
     )
+    recompute: bool = Field(
+        False, description="Keep only the input of each layer and compute the layer again in the backward pass."
+    )
     port: int = Field(0, ge=0, le=65535, description="Port of the ranks' rendezvous; 0 takes a free one.")
     cpus_per_rank: PositiveFloat = 0.5
     gpus_per_rank: float = Field(0.0, ge=0)

@@ -6,7 +6,8 @@
 
 The error decomposition is that of ``mxdist.quant.decompose``. A router decision counts as flipped when a token's chosen
 expert is not chosen in a pass of the same tokens through the same model with nothing quantised. Every figure is a
-``Mean`` that adds over ranks. Nothing here changes what is trained.
+``Mean`` that adds over ranks: a pipeline stage reports its own layers, a tensor-parallel rank its part. Nothing here
+changes what is trained.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,13 +17,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from torch import Tensor
 
 from mxdist.learner.export import owned_tensors
 from mxdist.learner.microbatches import MicroBatch
 from mxdist.learner.policy import Policy
 from mxdist.messages import Mean
+from mxdist.model.linear_names import linear_names
+from mxdist.model.megatron_spec import MxColumnParallelLinear, MxRowParallelLinear
 from mxdist.model.quantised_weight import Observer, QuantisedWeight
+from mxdist.model.recipes import ModelRecipes
 from mxdist.model.shape import ModelShape
 from mxdist.quant.decompose import measure
 from mxdist.quant.moments import Moments
@@ -49,8 +54,8 @@ class _Sample:
 class Telemetry:
     """One watched step: ``before_step``, the step inside ``watching_gradients``, then ``after_step``."""
 
-    def __init__(self, policy: Policy, shape: ModelShape) -> None:
-        self._policy, self._shape = policy, shape
+    def __init__(self, policy: Policy, shape: ModelShape, recipes: ModelRecipes) -> None:
+        self._policy, self._shape, self._recipes = policy, shape, recipes
         self._linears = [module for module in policy.model.modules() if isinstance(module, QuantisedWeight)]
         owned = [tensor.module for tensor in owned_tensors(policy.model, shape) if tensor.module is not None]
         self._owned = list(dict.fromkeys(owned))
@@ -59,8 +64,8 @@ class Telemetry:
 
     @property
     def kinds(self) -> list[str]:
-        """Which of weights, activations and gradients are quantised anywhere in the model."""
-        recipes = [linear.recipe for linear in self._linears if linear.recipe is not None]
+        """Which of weights, activations and gradients are quantised anywhere in the model, in other stages too."""
+        recipes = [self._recipes.of(name) for name in linear_names(self._shape.config)]
         fields = {"weights": "w", "activations": "x_fwd", "gradients": "dy_dgrad"}
         return [kind for kind, name in fields.items() if any(getattr(recipe, name) is not None for recipe in recipes)]
 
@@ -87,6 +92,8 @@ class Telemetry:
 
         def watch(linear: QuantisedWeight, _: Tensor, output: Tensor) -> None:
             operand = None if linear.recipe is None else linear.recipe.dy_dgrad
+            if _is_repeated(linear, MxRowParallelLinear):
+                return
             if operand is not None and output.requires_grad and linear.name not in seen:
                 seen.add(linear.name)
                 seed = linear.seed()
@@ -126,7 +133,11 @@ class Telemetry:
         return means
 
     def _take_input(self, linear: QuantisedWeight, x: Tensor, _: Tensor) -> None:
-        if linear.recipe is not None and linear.recipe.x_fwd is not None:
+        if (
+            linear.recipe is not None
+            and linear.recipe.x_fwd is not None
+            and not _is_repeated(linear, MxColumnParallelLinear)
+        ):
             self._take("activations", linear.recipe.x_fwd, x)
 
     def _take(self, kind: str, operand: Operand, tensor: Tensor, seed: int | None = None) -> None:
@@ -198,6 +209,18 @@ def component_means(moments: Moments) -> dict[str, Mean]:
 def _flagged(tensors: list[MXTensor]) -> Mean:
     blocks = [mx.scales.numel() for mx in tensors]
     return Mean(sum(flagged_fraction(mx) * count for mx, count in zip(tensors, blocks, strict=True)), sum(blocks))
+
+
+def _is_repeated(linear: QuantisedWeight, kind: type) -> bool:
+    """Whether another tensor-parallel rank has the same input of a column-parallel linear, or dY of a row-parallel one.
+
+    What is counted of a linear that is no expert is therefore the first rank's.
+    """
+    return (
+        isinstance(linear, kind)
+        and not getattr(linear, "is_expert", False)
+        and parallel_state.get_tensor_model_parallel_rank() > 0
+    )
 
 
 def _spread(rows: int) -> slice:

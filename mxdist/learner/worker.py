@@ -179,7 +179,7 @@ class LearnerWorker:
         from mxdist.learner.telemetry import Telemetry
 
         seconds["telemetry"] = 0.0
-        telemetry = Telemetry(self._policy, self.shape)
+        telemetry = Telemetry(self._policy, self.shape, self.recipes)
         with _timed(seconds, "telemetry"):
             telemetry.before_step(first)
         with telemetry.watching_gradients():

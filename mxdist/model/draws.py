@@ -8,9 +8,8 @@ class GradientDraws:
 
     Ranks with tokens of their own have draws of their own: with another layout of data-parallel ranks the rounding of
     gradients is another, equally unbiased one. Tensor-parallel ranks share a linear and its tokens, so they share its
-    seed, and each takes the draws of its part (``mxdist.quant.linear.Shard``): what is rounded on all of them is
-    rounded alike, and their parts are those of an undivided linear. An expert is never divided; the ranks that hold it
-    take tokens of their own to it.
+    seed, and each takes the draws of its part (``mxdist.quant.linear.Shard``): none is taken twice, and what all of
+    them round is rounded alike. An expert is never divided; the ranks that hold it take tokens of their own to it.
     """
 
     def __init__(self, run_seed: int, data_rank: int, expert_data_rank: int) -> None:

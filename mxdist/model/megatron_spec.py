@@ -26,7 +26,7 @@ from torch import Tensor
 from mxdist.model.attention import PackedAttention
 from mxdist.model.experts import MxExperts
 from mxdist.model.quantised_weight import QuantisedWeight
-from mxdist.quant.linear import mx_linear
+from mxdist.quant.linear import Shard, mx_linear
 
 
 class _MxLinear(QuantisedWeight):
@@ -57,17 +57,42 @@ class _MxLinear(QuantisedWeight):
             input = gather_from_sequence_parallel_region(input, group=tp_group)
         elif allreduce_dgrad:
             input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-        output = mx_linear(input, weight, self.quantised_values(), self.recipe, bias, seed=self.seed(), name=self.name)
+        output = mx_linear(
+            input,
+            weight,
+            self.quantised_values(),
+            self.recipe,
+            bias,
+            seed=self.seed(),
+            shard=self.shard(tp_group),
+            name=self.name,
+        )
         self.show(input, output)
         return output
+
+    def shard(self, group: torch.distributed.ProcessGroup | None) -> Shard:
+        """Where this rank's part lies in the whole linear. An expert is whole on its rank."""
+        raise NotImplementedError
 
 
 class MxColumnParallelLinear(_MxLinear, ColumnParallelLinear):
     """Output features are divided over the tensor-parallel ranks."""
 
+    def shard(self, group: torch.distributed.ProcessGroup | None) -> Shard:
+        rank, size = _place(group)
+        return Shard(output=rank * len(self.weight), outputs=size * len(self.weight))
+
 
 class MxRowParallelLinear(_MxLinear, RowParallelLinear):
     """Input features are divided over the tensor-parallel ranks."""
+
+    def shard(self, group: torch.distributed.ProcessGroup | None) -> Shard:
+        rank, size = _place(group)
+        return Shard(input=rank * self.weight.shape[1], inputs=size * self.weight.shape[1])
+
+
+def _place(group: torch.distributed.ProcessGroup | None) -> tuple[int, int]:
+    return (0, 1) if group is None else (group.rank(), group.size())
 
 
 class RmsNorm(torch.nn.RMSNorm):
@@ -102,8 +127,8 @@ class MxSpecProvider(LocalSpecProvider):
         return MxExperts, MLPSubmodules(linear_fc1=MxColumnParallelLinear, linear_fc2=MxRowParallelLinear)
 
 
-def decoder_spec(layers: int, num_experts: int | None) -> TransformerBlockSubmodules:
-    """A Qwen3 decoder of ``layers`` equal layers; ``num_experts`` None is the dense model."""
+def decoder_spec(layers: int, num_experts: int | None, qk_norms: bool) -> TransformerBlockSubmodules:
+    """The ``layers`` equal layers of one pipeline stage; ``num_experts`` None is the dense model."""
     backend = MxSpecProvider()
     norm = backend.layer_norm(rms_norm=True)
     attention = ModuleSpec(
@@ -113,8 +138,8 @@ def decoder_spec(layers: int, num_experts: int | None) -> TransformerBlockSubmod
             linear_qkv=backend.column_parallel_linear(),
             core_attention=backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),
-            q_layernorm=norm,
-            k_layernorm=norm,
+            q_layernorm=norm if qk_norms else IdentityOp,
+            k_layernorm=norm if qk_norms else IdentityOp,
         ),
     )
     layer = ModuleSpec(

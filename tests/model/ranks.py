@@ -78,11 +78,14 @@ class RankProcesses:
 
     @contextlib.contextmanager
     def learners(self, model: ModelConfig, recipe: str, ranks: int = 1, **settings: Any) -> Iterator[Learners]:
-        """Build a learner of ``ranks`` ranks, with expert parallelism over all of them where there are experts."""
-        expert_parallel = settings.pop("expert_parallel", ranks if model.num_experts else 1)
-        learner = LearnerConfig(
-            ranks=ranks, expert_parallel=expert_parallel, micro_batch_tokens=settings.pop("micro_batch_tokens", 80)
-        )
+        """Build a learner of ``ranks`` ranks, with expert parallelism over all of them where there are experts.
+
+        Settings of the section learner may be given among the ``settings``, which are sections otherwise.
+        """
+        expert_parallel = ranks // settings.get("pipeline_parallel", 1) if model.num_experts else 1
+        layout = {"ranks": ranks, "expert_parallel": expert_parallel, "micro_batch_tokens": 80}
+        layout |= {key: settings.pop(key) for key in [*settings] if key in LearnerConfig.model_fields}
+        learner = LearnerConfig(**layout)
         config = Config(model=model, recipe=recipe, learner=learner, **settings)
         rendezvous = f"tcp://127.0.0.1:{_free_port()}"
         learners = Learners(self._pipes[:ranks], config, shape_of(model), ranks, rendezvous)
@@ -110,6 +113,8 @@ def _serve(pipe: Connection) -> None:
                 return
             if what == "start":
                 config, shape, world_size, rendezvous, rank = arguments
+                if worker is not None:
+                    worker.shutdown()  # one that could not be built
                 worker = LearnerWorker(config, shape, rank, world_size, rendezvous)
                 result = worker.build()
             elif what == "call":
