@@ -168,6 +168,7 @@ def start_ray(config: Config) -> None:
         # Ray puts the interpreter's path unquoted into a shell command: a checkout path with a space would hang.
         common["runtime_env"]["py_executable"] = shlex.quote(sys.executable)
         ray.init(
+            address="local",  # else it would join any cluster that it finds running here
             num_cpus=logical,
             include_dashboard=False,
             object_store_memory=object_store_bytes(config),
