@@ -6,7 +6,7 @@
 #   check       versions, devices, and the imports of every process
 #   quickstart  20 steps of configs/quickstart.yaml after a shorter warm start, in float32
 #   bfloat16    the same in bfloat16
-#   kernels     tests/gpu, which compare the GPU with the reference
+#   kernels     tests that compare the GPU with the reference, and short runs of the system
 #   dense       a profile of a dense model of 1.5 B parameters against bf16
 #
 # SITE: a folder of packages beside the Python's own. OUT: where results go (results/ by default). PYTHON: python3.
@@ -59,7 +59,7 @@ CHECK
     ;;
 quickstart) train quickstart "$@" ;;
 bfloat16) train bfloat16 model.dtype=bfloat16 "$@" ;;
-kernels) "$python" -m pytest -q tests/gpu "$@" ;;
+kernels) "$python" -m pytest -q tests/gpu tests/quant/test_devices.py "$@" ;;
 dense)
     status=0
     "$python" -m mxdist profile tools/bench/dense_1.5b.yaml --steps 3 --warmup 1 --out "$runs/dense" "$@" || status=$?
