@@ -65,15 +65,39 @@ def resume(run_dir: RunDir, settings: Settings = None) -> None:
 
 
 @app.command(name="eval")
-def evaluate(run_dir: RunDir, settings: Settings = None) -> None:
-    """Greedy accuracy on held-out problems.
+def evaluate(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN_DIR|CONFIG",
+            help="A run's directory: its newest checkpoint. Or a YAML file: its model before any training.",
+        ),
+    ],
+    settings: Settings = None,
+    samples: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Answers to each problem; with several pass@k and maj@N.")
+    ] = 1,
+    temperature: Annotated[
+        float | None,
+        typer.Option(metavar="T", min=0, help="0 is greedy, as one answer is unless told; else rollout.temperature."),
+    ] = None,
+) -> None:
+    """Accuracy on held-out problems, with standard errors.
 
-    Of the newest checkpoint, with quantised weights and with BF16 weights.
+    With the run's recipe and with BF16 weights. A Hugging Face model is evaluated through a configuration that names
+    the task: mxdist eval CONFIG model.path=DIR. It makes a run directory as train does.
+
+    Every answer goes into eval/ of the run directory.
     """
-    _check_run(run_dir, settings)
-    from mxdist.control import evaluation
+    if path.is_dir() and not (path / CONFIG_FILE).is_file() and (path / "config.json").is_file():
+        raise UserError(f"{path} is a model without a task; give a configuration: mxdist eval CONFIG model.path={path}")
+    if path.is_dir():
+        _check_run(path, settings)
+    else:
+        load_config(path, settings or [])
+    from mxdist.control import eval_command
 
-    evaluation.evaluate(run_dir, settings or [])
+    eval_command.evaluate(path, samples, temperature, settings or [])
 
 
 @app.command()

@@ -7,6 +7,7 @@ import numpy as np
 
 from mxdist.learner.losses.base import Objective
 from mxdist.messages import Group, TrainBatch
+from mxdist.tasks.base import RewardResult
 
 PAD_TO = 8  # batch lengths are rounded up to this: fewer distinct shapes, less padding than to the context
 
@@ -18,6 +19,7 @@ class ScoredGroup:
     group: Group
     rewards: tuple[float, ...]
     parts: dict[str, float]  # mean of each part of the reward over the group, such as "accuracy"
+    results: tuple[RewardResult, ...] = ()  # of each of its samples
 
     @property
     def has_signal(self) -> bool:

@@ -57,7 +57,7 @@ class RewardPool:
     @staticmethod
     def _scored(group: Group, results: Sequence[RewardResult]) -> ScoredGroup:
         parts = {name: sum(r.parts[name] for r in results) / len(results) for name in results[0].parts}
-        return ScoredGroup(group, tuple(result.total for result in results), parts)
+        return ScoredGroup(group, tuple(result.total for result in results), parts, tuple(results))
 
 
 def _score(process: Process, doing: str, items: list[tuple[str, str, str]]) -> Pending:

@@ -1,58 +1,101 @@
-"""How good a policy is on the held-out problems: within a run, and as a command of its own."""
+"""How good a policy is on the held-out problems: their answers with clean weights, and what they amount to."""
 
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from mxdist.config import Config, load_config
-from mxdist.control.checkpoints import CheckpointStore
+from mxdist.config import Config
+from mxdist.control.batch import ScoredGroup
 from mxdist.control.collect import RewardPool
+from mxdist.control.estimates import Estimate, majority, mean, pass_at_k, powers_of_two, share
 from mxdist.control.groups import RolloutPool, merge_results
-from mxdist.control.system import running
-from mxdist.control.weights import WeightSync
 from mxdist.messages import Noise, SamplingSettings
-from mxdist.observe.console import Console
-from mxdist.observe.run_directory import TOKENIZER, RunDirectory
 from mxdist.tasks.base import Task
-from mxdist.tasks.registry import make_task
+
+CLEAN = Noise(0.0, 0)
+FILLINGS = 4  # a call asks for so many times what the engines decode together, so that progress shows
 
 
-def evaluate(run_path: Path, overrides: list[str]) -> dict[str, float]:
-    """Greedy accuracy of the newest checkpoint on the held-out problems, with quantised and with BF16 weights."""
-    with RunDirectory.open(run_path) as run_dir:
-        config = load_config(run_dir.config_path, overrides)
-        state, learner_folder = CheckpointStore(run_dir.path).newest()
-        task = make_task(config, run_dir.path / TOKENIZER)
-        problems = len(task.eval_prompts())
-        accuracies: dict[str, float] = {}
-        with Console(run_dir.path) as console:
-            plain = config.model_copy(update={"recipe": "bf16", "recipe_overrides": ()})
-            for recipe, variant in {_recipe_in_words(config): config, "bf16": plain}.items():
-                with running(variant, task, run_dir.path, console) as system:
-                    system.learners.load(learner_folder)
-                    sync = WeightSync(system.learners, system.pool, variant)
-                    sync.push(state.step)
-                    sync.check_all()
-                    accuracies[recipe] = greedy_accuracy(variant, task, system.pool, system.rewards)
-                console.note(f"step {state.step}, recipe {recipe}: {in_words(accuracies[recipe], problems)}")
-        return accuracies
+@dataclass(frozen=True)
+class Decoding:
+    """How held-out problems are answered. ``temperature`` 0 is greedy."""
+
+    samples: int = 1
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __str__(self) -> str:
+        if self.temperature == 0:
+            return "greedy"
+        plural = "s" if self.samples > 1 else ""
+        return f"{self.samples} answer{plural} each at temperature {self.temperature:g}"
 
 
-def greedy_accuracy(config: Config, task: Task, pool: RolloutPool, rewards: RewardPool) -> float:
-    """Share of the held-out problems whose greedy answer is right, with clean weights."""
+def answer(
+    config: Config,
+    task: Task,
+    pool: RolloutPool,
+    rewards: RewardPool,
+    decoding: Decoding,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[ScoredGroup]:
+    """The scored answers to all held-out problems, in their order. ``progress`` is told how many problems are done."""
     prompts = task.eval_prompts()
-    sampling = SamplingSettings(1, temperature=0.0, max_new_tokens=config.rollout.max_new_tokens, seed=0)
-    calls = pool.generate(-1, prompts, sampling, Noise(0.0, 0), "evaluation")
-    result = merge_results(pool.wait(calls, config.deadlines.evaluate, "evaluate"))
-    scored = rewards.score(result.groups, "reward of the evaluation")
-    return float(np.mean([group.parts["accuracy"] for group in scored]))
+    sampling = SamplingSettings(decoding.samples, decoding.temperature, config.rollout.max_new_tokens, decoding.seed)
+    together = FILLINGS * config.rollout.max_sequences * config.rollout.workers
+    size = max(together // decoding.samples, 1)
+    calls = [
+        pool.generate(-1, prompts[start : start + size], sampling, CLEAN, "evaluation")
+        for start in range(0, len(prompts), size)
+    ]
+    scored: list[ScoredGroup] = []
+    for call in calls:
+        result = merge_results(pool.wait(call, config.deadlines.evaluate, "evaluate"))
+        scored += rewards.score(result.groups, "reward of the evaluation")
+        progress(len(scored))
+    return scored
 
 
-def in_words(accuracy: float, problems: int) -> str:
-    """An accuracy with its standard error."""
-    error = (accuracy * (1 - accuracy) / problems) ** 0.5
-    return f"greedy accuracy {accuracy:.3f} +- {error:.3f} on {problems} problems"
+def greedy_accuracy(config: Config, task: Task, pool: RolloutPool, rewards: RewardPool) -> Estimate:
+    """Share of the held-out problems whose greedy answer is right."""
+    return share(is_right(answer(config, task, pool, rewards, Decoding()))[:, 0])
 
 
-def _recipe_in_words(config: Config) -> str:
-    return config.recipe + (" with recipe_overrides" if config.recipe_overrides else "")
+def is_right(scored: Sequence[ScoredGroup]) -> np.ndarray:
+    """Which answers are right, bool [problems, samples]."""
+    return np.array([[result.parts["accuracy"] == 1 for result in group.results] for group in scored])
+
+
+def per_problem(scored: Sequence[ScoredGroup], decoding: Decoding) -> dict[str, np.ndarray]:
+    """What each problem adds to each measure, float64 [problems]: "accuracy" (greedy), or "pass@k" and "maj@n".
+
+    "pass@1" is the mean accuracy of the samples.
+    """
+    right = is_right(scored)
+    if decoding.temperature == 0:
+        return {"accuracy": right[:, 0].astype(np.float64)}
+    measures = {f"pass@{k}": pass_at_k(right, k) for k in powers_of_two(decoding.samples)}
+    if decoding.samples > 1:
+        chosen = [majority([result.final for result in group.results]) for group in scored]
+        won = [index is not None and row[index] for index, row in zip(chosen, right, strict=True)]
+        measures[f"maj@{decoding.samples}"] = np.array(won, dtype=np.float64)
+    return measures
+
+
+def estimates(task: Task, scored: Sequence[ScoredGroup], decoding: Decoding) -> dict[str, Estimate]:
+    """Each measure over all problems, then "accuracy, KIND" or "pass@1, KIND" for each class of problems the task has.
+
+    The standard error of shares (greedy, maj@n) is the binomial one, that of pass@k is over problems.
+    """
+    measures = per_problem(scored, decoding)
+    found = {name: _estimate(name, values) for name, values in measures.items()}
+    first = next(iter(measures))
+    kinds = np.array([task.kind(group.group.prompt) for group in scored])
+    for kind in sorted(set(kinds.tolist()) - {""}):
+        found[f"{first}, {kind}"] = _estimate(first, measures[first][kinds == kind])
+    return found
+
+
+def _estimate(name: str, values: np.ndarray) -> Estimate:
+    return mean(values) if name.startswith("pass@") else share(values)

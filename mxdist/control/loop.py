@@ -21,7 +21,7 @@ from mxdist.config.schema import Supervised
 from mxdist.control.batch import Answered, build_batch, pad_sequences, token_weights
 from mxdist.control.checkpoints import CheckpointStore, ControllerState
 from mxdist.control.collect import Collected, Collector, RewardPool
-from mxdist.control.evaluation import greedy_accuracy, in_words
+from mxdist.control.evaluation import greedy_accuracy
 from mxdist.control.groups import LearnerGroup, RolloutPool
 from mxdist.control.schedule import learning_rate, warm_start_learning_rate
 from mxdist.control.step_metrics import cost_metrics, step_metrics
@@ -155,8 +155,8 @@ class Trainer:
         with self._timed("eval"):
             self.sync.check_all()
             accuracy = greedy_accuracy(self.config, self.task, self.pool, self.rewards)
-        self.console.note(f"step {step}: {in_words(accuracy, len(self.task.eval_prompts()))}")
-        return {"eval/accuracy": accuracy}
+        self.console.note(f"step {step}: greedy accuracy {accuracy} on {accuracy.problems} problems")
+        return {"eval/accuracy": accuracy.value}
 
     def _checkpoint(self, step: int) -> None:
         self.console.working("writing a checkpoint")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from mxdist.errors import UserError
 
@@ -46,7 +46,8 @@ class TaskTokenizer:
     def encode_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Ids of many texts, in parallel where the machine allows."""
         try:
-            return [tuple(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts))]
+            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+            return [tuple(encoding.ids) for encoding in encodings]
         except Exception as error:  # the library raises no narrower class
             raise ValueError(f"text with a character outside the tokenizer's alphabet ({error})") from None
 
@@ -130,6 +131,8 @@ def own_tokenizer(tokenizer: Tokenizer) -> TaskTokenizer:
             f"a tokenizer without the tokens {', '.join(SPECIAL_TOKENS)} was not made by mxdist; restore the run's own"
         )
     pad, bos, eos = found
+    # For whoever else reads the file: a prompt begins with <bos>.
+    tokenizer.post_processor = processors.TemplateProcessing(f"{BOS} $A", special_tokens=[(BOS, bos)])
     return TaskTokenizer(tokenizer, pad, bos, (eos,))
 
 

@@ -11,7 +11,7 @@ import pytest
 from mxdist.errors import UserError
 from mxdist.tasks.checkpoint_tokenizer import CheckpointTokenizer
 from mxdist.tasks.registry import make_task
-from mxdist.tasks.tokenizer import TaskTokenizer
+from mxdist.tasks.tokenizer import TaskTokenizer, character_tokenizer
 from tests.tasks.checkpoint import checkpoint_config, write_tokenizer
 from tests.tasks.data import rows, write_questions
 
@@ -69,6 +69,14 @@ def test_the_files_are_copied_as_they_were_and_read_the_same(tmp_path: Path) -> 
     assert all((tmp_path / "copy" / n).read_bytes() == (tmp_path / "model" / n).read_bytes() for n in names)
     again = CheckpointTokenizer(tmp_path / "copy", chat=True)
     assert (again.stop_token_ids, again.chats([TURN])) == (first.stop_token_ids, first.chats([TURN]))
+
+
+def test_a_tokenizer_that_begins_texts_with_a_token_does_so_in_prompts_alone(tmp_path: Path) -> None:
+    character_tokenizer("0123").save(tmp_path)
+    tokenizer = CheckpointTokenizer(tmp_path, chat=False)
+    assert tokenizer.prompts(["12"]) == character_tokenizer("0123").prompts(["12"])
+    assert tokenizer.answers(["12"]) == character_tokenizer("0123").answers(["12"])
+    assert tokenizer.decode_prompt(tokenizer.prompts(["12"])[0]) == "12"
 
 
 def test_without_a_pad_token_the_end_of_sequence_pads(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def test_a_saved_tokenizer_is_read_by_transformers_and_by_the_project(tokenizer:
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "tokenizer"), TaskTokenizer.load(tmp_path / "tokenizer")
     ids = tokenizer.encode("37+25=")
     assert tuple(theirs.encode("37+25=", add_special_tokens=False)) == ours.encode("37+25=") == ids
+    assert tuple(theirs.encode("37+25=")) == tokenizer.prompts(["37+25="])[0] == (1, *ids)
     assert theirs.decode(ids) == ours.decode(ids) == "37+25="
     assert [theirs.pad_token, theirs.bos_token, theirs.eos_token] == SPECIAL_TOKENS
     assert [theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id] == [0, 1, 2]
