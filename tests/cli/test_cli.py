@@ -85,6 +85,19 @@ def test_what_is_no_run_is_neither_resumed_nor_evaluated_nor_exported(tmp_path: 
     assert "holds no run" in one_sentence(mxdist("export", str(tmp_path), str(tmp_path / "out")))
 
 
+def test_what_cannot_be_evaluated_is_one_sentence(file: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    sentence = one_sentence(mxdist("eval", str(tmp_path)))
+    assert sentence.endswith(
+        f"is a model without a task; give a configuration: mxdist eval CONFIG model.path={tmp_path}"
+    )
+    assert "does not exist" in one_sentence(mxdist("eval", "none.yaml"))
+    assert "did you mean run.seed?" in one_sentence(mxdist("eval", file, "run.sed=1"))
+    sentence = one_sentence(mxdist("eval", file, "--samples", "4", "--temperature", "0", f"run.dir={tmp_path / 'run'}"))
+    assert sentence.startswith("--samples 4 with --temperature 0 would give the same answer 4 times")
+    assert not (tmp_path / "run").exists()
+
+
 def test_settings_of_a_resumed_run_are_checked_too(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump_config(Config()))
     for command in ("resume", "eval"):

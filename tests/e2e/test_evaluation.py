@@ -14,9 +14,13 @@ from tests.tasks.checkpoint import write_tokenizer
 from tests.tasks.data import rows, write_questions
 
 SHAPE = ModelConfig(
-    family="qwen2", num_experts=0, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, intermediate_size=96,
+    num_experts=4,
+    hidden_size=64,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    moe_intermediate_size=32,
     max_position_embeddings=1024,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
