@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mxdist.config.model_costs import parameters
 from mxdist.config.schema import Config
 from mxdist.doctor.findings import Finding, failure, ok, warning
 from mxdist.doctor.memory import element_bytes, sync_bytes
@@ -10,7 +11,8 @@ from mxdist.doctor.model_size import engine
 MIB, GIB = 2**20, 2**30
 NCCL_SHARED = 64 * MIB  # what containers give unless told otherwise, and too little for NCCL
 OPEN_FILES, FEWEST_OPEN_FILES = 65_536, 1024
-RAY_STORE = 512 * MIB  # of the Ray that a run starts for itself
+RAY_STORE = 512 * MIB  # of the Ray that a run starts for itself, at least
+VERSIONS_IN_STORE = 3  # of the weights, in full precision
 SYNC_COPIES = 2  # of the weights on their way: the ranks' own, and Ray's
 
 
@@ -26,23 +28,25 @@ def existing_parent(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
+def object_store_bytes(config: Config) -> int:
+    """As ``control.processes`` sizes it, which needs Ray."""
+    weights = parameters(config.model, config.model.vocab_size or 0) * element_bytes(config)
+    return max(RAY_STORE, VERSIONS_IN_STORE * weights)
+
+
 def check_shared_memory(free: int, config: Config | None, on_gpu: bool) -> Finding:
     """/dev/shm holds Ray's object store, hence every weight sync, and NCCL's buffers between GPUs of a machine."""
     shown = f"{free / GIB:.1f} GiB free in /dev/shm"
     if on_gpu and free <= NCCL_SHARED:
         return failure("shared memory", f"{shown}; NCCL needs more", "start the container with --shm-size=16g or more")
-    if free < RAY_STORE:
-        return warning("shared memory", f"{shown}; Ray would use the disk instead", "start with --shm-size=2g or more")
-    if config is not None:
-        size = sync_bytes(config)
-        store = free if config.cluster.address else min(free, RAY_STORE)
-        if size > store:
-            return warning(
-                "shared memory",
-                f"a weight sync is {size / GIB:.1f} GiB, Ray's object store {store / GIB:.1f} GiB; the rest goes over "
-                f"the disk",
-                "start Ray yourself with a larger --object-store-memory and set cluster.address=auto",
-            )
+    joins = config is not None and config.cluster.address is not None
+    store = 0 if joins else object_store_bytes(config) if config else RAY_STORE
+    if free < store:
+        return warning(
+            "shared memory",
+            f"{shown}; Ray's object store wants {store / GIB:.1f} GiB and would use the disk instead",
+            f"start the container with --shm-size={-(-store // GIB) + 1}g or more",
+        )
     return ok("shared memory", shown)
 
 

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from mxdist.doctor.findings import Finding, failure, ok, warning
+from mxdist.doctor.findings import Finding, failure, ok
 
 PACKAGES = (
     "torch",
@@ -127,12 +127,6 @@ def _bad_pairs(versions: Mapping[str, str], torch_wanted: str | None, on_gpu: bo
         )
     if on_gpu and torch and "+cpu" in torch:
         yield failure("torch", f"{torch} is built without CUDA, and there is a GPU", "install mxdist[gpu]")
-    if on_gpu and megatron and "transformer-engine" not in versions:
-        yield warning(
-            "megatron-core",
-            f"without transformer-engine, {megatron} resumes from a checkpoint with wrong optimizer steps",
-            "pip install 'transformer-engine[pytorch]'",
-        )
 
 
 def _plain(specifier: str) -> str:

@@ -54,7 +54,6 @@ def test_a_missing_package_is_named() -> None:
         ({"ray": "2.9.3"}, False, "2.9.3 is older than 2.50"),
         ({"megatron-core": "0.19.2"}, False, "not been adjusted to run without a GPU"),
         ({}, True, "built without CUDA"),
-        ({"torch": "2.13.0"}, True, "wrong optimizer steps"),
     ],
 )
 def test_a_known_bad_combination_is_found(change: dict[str, str], on_gpu: bool, text: str) -> None:
@@ -67,7 +66,6 @@ def test_good_combinations_are_ok() -> None:
     assert [finding.status for finding in versions.check_pairs(GOOD, "==2.13.0+cpu", False)] == ["ok"]
     with_gpu = GOOD | {
         "torch": "2.13.0",
-        "transformer-engine": "2.20.2",
         "megatron-core": "0.19.2",
         "torchvision": "0.28",
     }
@@ -138,10 +136,11 @@ def test_little_shared_memory_is_said(tmp_path: Path) -> None:
     assert machine.check_shared_memory(64 * 2**20, None, on_gpu=False).status == "warning"
     assert machine.check_shared_memory(GIB, None, on_gpu=True).status == "ok"
     assert machine.check_shared_memory(GIB, Config(), on_gpu=False).status == "ok"
-    found = machine.check_shared_memory(100 * GIB, load(DENSE, tmp_path), on_gpu=True)
-    assert (found.status, "Ray's object store 0.5 GiB" in found.text) == ("warning", True)
+    found = machine.check_shared_memory(16 * GIB, load(DENSE, tmp_path), on_gpu=True)
+    assert (found.status, "Ray's object store wants 17.2 GiB" in found.text) == ("warning", True)
+    assert machine.check_shared_memory(18 * GIB, load(DENSE, tmp_path), on_gpu=True).status == "ok"
     joined = load(DENSE, tmp_path, "cluster.address=auto")
-    assert machine.check_shared_memory(100 * GIB, joined, on_gpu=True).status == "ok"
+    assert machine.check_shared_memory(16 * GIB, joined, on_gpu=True).status == "ok"
 
 
 @pytest.mark.parametrize(("limit", "status"), [(256, "would fail"), (1024, "warning"), (65536, "ok")])
@@ -269,8 +268,9 @@ def test_the_exit_code_of_the_command_says_whether_it_would_start(tmp_path: Path
     assert codes == [0, 1]
 
 
-def test_the_object_store_is_as_large_as_a_run_makes_it() -> None:
-    assert machine.RAY_STORE == processes.OBJECT_STORE_BYTES
+def test_the_object_store_is_as_large_as_a_run_makes_it(tmp_path: Path) -> None:
+    for config in (Config(), load(DENSE, tmp_path)):
+        assert machine.object_store_bytes(config) == processes.object_store_bytes(config)
 
 
 def test_a_named_gpu_without_a_configuration_is_refused() -> None:
