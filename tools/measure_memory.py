@@ -157,7 +157,8 @@ def main() -> None:
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": None})})
     shape = ModelShape(config.model, vocab_size, 1, (2,), 0)
     on_gpu = torch.cuda.is_available()
-    sequences = config.data_parallel * (full_pass(config, on_gpu).tokens // config.context)
+    at_a_time = full_pass(config, on_gpu).tokens // config.context * config.data_parallel
+    sequences = at_a_time * config.learner.pipeline_parallel  # enough to fill the pipeline
     stages = learner_memory(config, on_gpu)
     with _processes(config, shape, sequences) as results:
         for rank, measured in sorted(results.get(timeout=3600) for _ in range(config.learner.ranks)):

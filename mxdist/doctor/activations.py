@@ -36,8 +36,14 @@ def activation_bytes(config: Config, stage: int, on_gpu: bool) -> int:
     layers = config.model.num_hidden_layers // learner.pipeline_parallel
     in_flight = learner.pipeline_parallel - stage  # one forward, one backward: earlier stages run ahead
     last = stage == learner.pipeline_parallel - 1
-    end = _norm(run, config.model.hidden_size) + run.tokens * config.model.hidden_size * run.element if last else 0
-    return in_flight * (layers * _layer(config, run) + end)
+    inputs = run.tokens // learner.tensor_parallel * config.model.hidden_size * run.element
+    end = _norm(run, config.model.hidden_size) // learner.tensor_parallel + inputs if last else 0
+    return in_flight * (layers * (inputs if learner.recompute else _layer(config, run)) + end)
+
+
+def recomputed_bytes(config: Config, on_gpu: bool) -> int:
+    """The layer that is computed again in the backward pass, one at a time; 0 unless ``learner.recompute``."""
+    return _layer(config, full_pass(config, on_gpu)) if config.learner.recompute else 0
 
 
 def scoring_bytes(config: Config, stage: int, on_gpu: bool) -> int:
@@ -51,12 +57,15 @@ def scoring_bytes(config: Config, stage: int, on_gpu: bool) -> int:
 
 
 def _layer(config: Config, run: Pass) -> int:
+    """Between tensor-parallel linears a rank has part of the tokens, inside them all tokens and part of the width."""
     model, tensor = config.model, config.learner.tensor_parallel
     hidden, query = model.hidden_size, model.num_attention_heads * model.head_dim // tensor
     key_value = model.num_key_value_heads * model.head_dim // tensor
-    norms = 2 * _norm(run, hidden) + (_norm(run, query) + _norm(run, key_value) if model.family == "qwen3" else 0)
+    norms = 2 * _norm(run, hidden) // tensor
+    if model.family == "qwen3":
+        norms += _norm(run, query) + _norm(run, key_value)
     inputs = run.tokens * (hidden + query) * run.element  # of the q/k/v and the output projection
-    feed_forward = _experts(config, run) if model.num_experts else _dense_feed_forward(config, run)
+    feed_forward = _experts(config, run) // tensor if model.num_experts else _dense_feed_forward(config, run)
     return norms + inputs + _attention(config, run, query, key_value) + feed_forward
 
 

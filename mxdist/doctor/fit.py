@@ -137,6 +137,8 @@ def _changes(config: Config) -> Iterator[tuple[dict[str, dict[str, Any]], str]]:
         if config.context <= size < budget:
             words = f"lower learner.micro_batch_tokens from {budget} to {size}"
             yield {"learner": {"micro_batch_tokens": size}}, words
+    if not learner.recompute:
+        yield {"learner": {"recompute": True}}, "set learner.recompute=true"
     half = rollout.kv_cache_mib // 2
     yield {"rollout": {"kv_cache_mib": half}}, f"lower rollout.kv_cache_mib from {rollout.kv_cache_mib} to {half}"
     if 0 < rollout.gpus_per_worker < 1:

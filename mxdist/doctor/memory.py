@@ -12,7 +12,14 @@ Formulas, for n numbers in a dtype of d bytes, of which q are quantised into p p
 from dataclasses import dataclass
 
 from mxdist.config.schema import Config
-from mxdist.doctor.activations import FLOAT32, activation_bytes, full_pass, quantising_bytes, scoring_bytes
+from mxdist.doctor.activations import (
+    FLOAT32,
+    activation_bytes,
+    full_pass,
+    quantising_bytes,
+    recomputed_bytes,
+    scoring_bytes,
+)
 from mxdist.doctor.model_size import Numbers, engine, learner_stage, vocabulary
 
 MIB = 2**20
@@ -54,16 +61,18 @@ def _learner_stage(config: Config, stage: int, on_gpu: bool) -> ProcessMemory:
     with_experts = ranks // learner.expert_parallel  # ranks that hold the same experts
     state = 2 * FLOAT32 + (FLOAT32 if element < FLOAT32 else 0)
     activations = activation_bytes(config, stage, on_gpu)
-    scoring = max(scoring_bytes(config, stage, on_gpu), _quantising_input(config, on_gpu))
+    passing = max(
+        scoring_bytes(config, stage, on_gpu), _quantising_input(config, on_gpu), recomputed_bytes(config, on_gpu)
+    )
     items = {
         "weights": numbers.total * element,
         "main gradients": numbers.total * FLOAT32,
         "optimizer": state * (numbers.shared // config.data_parallel + numbers.expert // with_experts),
         "quantised weights": numbers.quantised * element + numbers.packed_bytes,
         "activations": activations,
-        "logits and scores": scoring,
+        "logits, or a layer": passing,
         # Done when no activations are held, so only what goes beyond them counts.
-        "requantising": max(0, _requantising(numbers, element, on_gpu) - activations - scoring),
+        "requantising": max(0, _requantising(numbers, element, on_gpu) - activations - passing),
         "work space": (CUDA_CONTEXT if on_gpu else CPU_SCRATCH if numbers.quantised else 0),
     }
     name = "learner rank" if learner.pipeline_parallel == 1 else f"learner rank, stage {stage}"

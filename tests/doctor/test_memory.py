@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,41 +45,35 @@ MOE = SMALL.model_copy(update={"num_experts": 8})
 
 
 @pytest.mark.parametrize(
-    ("model", "ranks", "expert_parallel", "recipe"),
+    ("model", "layout", "recipe"),
     [
-        (SMALL.model_copy(update={"dtype": "float32"}), 1, 1, "bf16"),
-        (SMALL, 2, 1, "mxfp4_mbs_of"),
-        (MOE, 2, 2, "mxfp4_mbs_of"),
+        (SMALL.model_copy(update={"dtype": "float32"}), {"ranks": 1}, "bf16"),
+        (SMALL, {"ranks": 2, "recompute": True}, "mxfp4_mbs_of"),
+        (SMALL.model_copy(update={"num_hidden_layers": 4}), {"ranks": 2, "pipeline_parallel": 2}, "mxfp4_mbs_of"),
+        (MOE, {"ranks": 2, "tensor_parallel": 2, "expert_parallel": 2}, "mxfp4_mbs_of"),
     ],
-    ids=["float32, nothing quantised", "dense, data parallel", "expert parallel"],
+    ids=["float32, nothing quantised", "data parallel, recomputing", "pipeline", "tensor and expert parallel"],
 )
 def test_the_estimate_of_a_learner_rank_is_within_15_percent_of_its_tensors(
-    model: ModelConfig, ranks: int, expert_parallel: int, recipe: str
+    model: ModelConfig, layout: dict[str, Any], recipe: str
 ) -> None:
     rollout = RolloutConfig(max_new_tokens=96)
-    config = Config(
-        model=model,
-        recipe=recipe,
-        rollout=rollout,
-        learner=LearnerConfig(ranks=ranks, expert_parallel=expert_parallel, micro_batch_tokens=512),
-    )
-    batch = full_batch(config, 1024, ranks * 512 // config.context)
-    processes = RankProcesses(ranks)  # of its own: what an earlier learner left would count
+    learner = {"expert_parallel": 1, "micro_batch_tokens": 512, **layout}
+    config = Config(model=model, recipe=recipe, rollout=rollout, learner=LearnerConfig(**learner))
+    stages = learner_memory(config, on_gpu=False)
+    batch = full_batch(config, 1024, config.data_parallel * len(stages) * 512 // config.context)
+    processes = RankProcesses(layout["ranks"])  # of its own: what an earlier learner left would count
     try:
-        with processes.learners(
-            model, recipe, ranks, expert_parallel=expert_parallel, micro_batch_tokens=512, rollout=rollout
-        ) as learners:
+        with processes.learners(model, recipe, rollout=rollout, **learner) as learners:
             measured = learners.run(measure_update, batch)
     finally:
         processes.close()
-    [stage] = learner_memory(config, on_gpu=False)
-    held = sum(
-        stage.items[item] for item in ("weights", "main gradients", "optimizer", "quantised weights", "work space")
-    )
-    for rank in measured:
-        assert held == pytest.approx(rank.resident, rel=BOUND)
+    always = ("weights", "main gradients", "optimizer", "quantised weights", "work space")
+    for index, rank in enumerate(measured):
+        stage = stages[index * len(stages) // len(measured)]
+        assert sum(stage.items[item] for item in always) == pytest.approx(rank.resident, rel=BOUND)
         assert stage.total == pytest.approx(rank.peak, rel=BOUND)
-        assert rank.peak > 1.2 * rank.resident, "an update needs activations"
+        assert rank.peak > 1.15 * rank.resident, "an update needs activations"
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "mxfp4", "mxfp4_mbs_of"])
