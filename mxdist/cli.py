@@ -1,7 +1,7 @@
 """The ``mxdist`` command. Thin: it reads the configuration, then imports what does the work.
 
-Exit codes: 0 done, 1 a run's own guards stopped it, 2 the user's mistake, 130 interrupted. Anything else is a bug and
-shows its traceback.
+Exit codes: 0 done, 1 a run's own guards stopped it, 2 the user's mistake, 75 asked to stop by a scheduler (SIGTERM),
+to be queued again with 'mxdist resume', 130 interrupted. Anything else is a bug and shows its traceback.
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from mxdist import __version__
-from mxdist.config import load_config
+from mxdist.config import Config, load_config
 from mxdist.errors import RunStopped, UserError
 from mxdist.observe.run_directory import CONFIG_FILE
 from mxdist.observe.third_party_output import quieten_third_party
@@ -50,6 +50,7 @@ def train(config: ConfigFile, settings: Settings = None) -> None:
     Everything about it goes into its run directory: run.dir, or runs/NAME-DATE-TIME.
     """
     resolved = load_config(config, settings or [])
+    _protect_ray(resolved)
     from mxdist.control import app as control
 
     control.train(resolved)
@@ -58,7 +59,7 @@ def train(config: ConfigFile, settings: Settings = None) -> None:
 @app.command()
 def resume(run_dir: RunDir, settings: Settings = None) -> None:
     """Go on with a run from its newest complete checkpoint."""
-    _check_run(run_dir, settings)
+    _protect_ray(_check_run(run_dir, settings))
     from mxdist.control import app as control
 
     control.resume(run_dir, settings or [])
@@ -91,10 +92,7 @@ def evaluate(
     """
     if path.is_dir() and not (path / CONFIG_FILE).is_file() and (path / "config.json").is_file():
         raise UserError(f"{path} is a model without a task; give a configuration: mxdist eval CONFIG model.path={path}")
-    if path.is_dir():
-        _check_run(path, settings)
-    else:
-        load_config(path, settings or [])
+    _protect_ray(_check_run(path, settings) if path.is_dir() else load_config(path, settings or []))
     from mxdist.control import eval_command
 
     eval_command.evaluate(path, samples, temperature, settings or [])
@@ -116,7 +114,7 @@ def profile(
 
     Same seeds and prompts, no warm start, evaluation or checkpoint. Prints a table and saves it with profile.json.
     """
-    load_config(config, settings or [])  # mistakes in the settings show before the heavy imports
+    _protect_ray(load_config(config, settings or []))  # and mistakes in the settings show before the heavy imports
     from mxdist.control import profiling
 
     profiling.profile(profiling.Options(config, settings or [], against, steps, warmup, out, trace))
@@ -221,10 +219,20 @@ def _failed(message: str, code: int) -> int:
     return code
 
 
-def _check_run(run_dir: Path, settings: list[str] | None) -> None:
+def _protect_ray(config: Config) -> None:
+    """Who can reach Ray's processes, which run any code that they are sent. Before Ray is imported, which reads this.
+
+    On a machine alone they listen on its loopback interface. There as on a cluster they ask for Ray's token.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if config.cluster.address is None:
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+
+
+def _check_run(run_dir: Path, settings: list[str] | None) -> Config:
     """Find mistakes in the settings before the heavy imports."""
     _require_run(run_dir)
-    load_config(run_dir / CONFIG_FILE, settings or [])
+    return load_config(run_dir / CONFIG_FILE, settings or [])
 
 
 def _require_run(run_dir: Path) -> None:

@@ -21,6 +21,24 @@ class OutOfMemory(RunStopped):
     """A GPU has no memory left for a process of the run."""
 
 
+class CheckpointFailed(RunStopped):
+    """A checkpoint could not be written. Training goes on, and the earlier one stays."""
+
+
+class NotFinite(RunStopped):
+    """A gradient is NaN or infinite. The weights are those from before the update."""
+
+
+class RollBack(RunStopped):
+    """Training went wrong in a way that is mended by going back to the newest checkpoint, and on with other prompts."""
+
+
+class Preempted(RunStopped):
+    """Someone asked the run to end (SIGTERM), and it can be resumed. EX_TEMPFAIL: a scheduler may queue it again."""
+
+    exit_code = 75
+
+
 class ProcessFailure(RunStopped):
     """Processes of the run died or stopped answering. What can be replaced is, within ``run.restarts``."""
 

@@ -39,6 +39,8 @@ class RunConfig(Section):
     steps: PositiveInt = Field(100, description="Reinforcement-learning steps (optimizer updates of one batch).")
     eval_every: int = Field(0, ge=0, description="Evaluate every so many steps besides start and end; 0: only those.")
     checkpoint_every: int = Field(0, ge=0, description="Checkpoint every so many steps besides the end; 0: only then.")
+    keep_checkpoints: int = Field(2, ge=0, description="Newest checkpoints that are kept; 0 keeps all.")
+    keep_every: int = Field(0, ge=0, description="Checkpoints of every so many steps are kept as well; 0: no such.")
     restarts: int = Field(
         3, ge=0, description="Failures of processes to recover from between two checkpoints before the run stops."
     )
@@ -317,6 +319,24 @@ class LogConfig(Section):
     wandb_project: str = "mxdist"
 
 
+class GuardConfig(Section):
+    """What is done when training goes wrong. roll_back goes on from the newest checkpoint with the prompts that come
+    next, and counts as a failure for run.restarts."""
+
+    not_finite: Literal["stop", "skip", "roll_back"] = Field(
+        "stop",
+        description="A gradient that is NaN or infinite. The weights are as before; skip leaves out the update.",
+    )
+    max_mismatch: PositiveFloat | None = Field(
+        None, description="Largest rollout_corr/k3_kl, learner against rollout engine, that a step may show."
+    )
+    min_entropy: PositiveFloat | None = Field(None, description="Least actor/entropy (nats a token) of a step.")
+    pinned_reward_steps: int = Field(
+        0, ge=0, description="Steps in a row in which no group's rewards differ: nothing is learnt. 0: any number."
+    )
+    then: Literal["warn", "stop", "roll_back"] = Field("stop", description="What the last three bounds do.")
+
+
 class ClusterConfig(Section):
     address: str | None = Field(None, description="Ray cluster to join, such as auto; null starts one on this machine.")
     interface: str | None = Field(
@@ -356,6 +376,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     aqn: AqnConfig = AqnConfig()
+    guards: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
     cluster: ClusterConfig = ClusterConfig()
     deadlines: DeadlineConfig = DeadlineConfig()

@@ -1,5 +1,6 @@
 """The command eval: a run's newest checkpoint, or a configuration's model before any training, held to the task."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,9 +68,9 @@ def _subject(path: Path, overrides: list[str]) -> Iterator[_Subject]:
     if path.is_dir():
         with RunDirectory.open(path) as run_dir:
             config = load_config(run_dir.config_path, overrides)
-            state, learner_folder = CheckpointStore(run_dir.path).newest()
+            checkpoint = CheckpointStore(run_dir.path).existing(lambda line: print(line, file=sys.stderr))
             task = make_task(config, run_dir.path / TOKENIZER)
-            yield _Subject(config, task, run_dir.path, state.step, learner_folder)
+            yield _Subject(config, task, run_dir.path, checkpoint.state.step, checkpoint.learner_folder)
         return
     config = load_config(path, overrides)
     task = make_task(config)

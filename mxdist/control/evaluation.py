@@ -45,13 +45,11 @@ def answer(
     sampling = SamplingSettings(decoding.samples, decoding.temperature, config.rollout.max_new_tokens, decoding.seed)
     together = FILLINGS * config.rollout.max_sequences * config.rollout.workers
     size = max(together // decoding.samples, 1)
-    calls = [
-        pool.generate(-1, prompts[start : start + size], sampling, CLEAN, "evaluation")
-        for start in range(0, len(prompts), size)
-    ]
+    parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    calls = [pool.generate(-1, part, sampling, CLEAN, "evaluation") for part in parts]
     scored: list[ScoredGroup] = []
-    for call in calls:
-        result = merge_results(pool.wait(call, config.deadlines.evaluate, "evaluate"))
+    for part, call in zip(parts, calls, strict=True):
+        result = merge_results(part, pool.wait(call, config.deadlines.evaluate, "evaluate"))
         scored += rewards.score(result.groups, "reward of the evaluation")
         progress(len(scored))
     return scored

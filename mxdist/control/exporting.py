@@ -8,6 +8,7 @@ mxfp4   the codes, scales and factors that the run's engines computed with, and 
 import errno
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,8 +44,8 @@ def export(run_dir: Path, out: Path, form: Form, shard_bytes: int = SHARD_BYTES)
         UserError: no complete checkpoint; ``out`` exists and is not empty, or cannot be written; nothing is quantised
             in a run whose packed form is asked for.
     """
-    state, folder = CheckpointStore(run_dir).newest()
-    weights = RunWeights(folder)
+    checkpoint = CheckpointStore(run_dir).existing(lambda line: print(line, file=sys.stderr))
+    state, weights = checkpoint.state, RunWeights(checkpoint.learner_folder)
     names = _checked_names(weights)
     source: _Bf16
     if form == "bf16":

@@ -11,10 +11,9 @@ from mxdist.config import Config
 from mxdist.config.schema import AlgorithmConfig, Supervised
 from mxdist.control.processes import Process
 from mxdist.control.supervisor import Call, Supervisor, Worker
-from mxdist.control.waits import Pending, wait_for
+from mxdist.control.waits import Pending, succeeded, wait_for
 from mxdist.messages import (
     EntropyStatistics,
-    Group,
     Noise,
     Prompt,
     RolloutRequest,
@@ -53,6 +52,11 @@ class LearnerGroup:
 
     def save(self, directory: Path) -> None:
         wait_for(self._all("checkpoint", "save", directory), self._deadlines.checkpoint, "checkpoint")
+
+    def save_finished(self, wait: bool) -> bool:
+        """Whether what ``save`` began is written on all ranks; ``wait`` until it is."""
+        pending = self._all("writing of the checkpoint", "save_finished", wait)
+        return all(wait_for(pending, self._deadlines.checkpoint, "checkpoint"))
 
     def load(self, directory: Path) -> None:
         wait_for(self._all("loading of the checkpoint", "load", directory), self._deadlines.checkpoint, "checkpoint")
@@ -96,6 +100,11 @@ class RolloutPool:
         """Results of calls of this pool, in order; see ``Supervisor.results``."""
         return self._supervisor.results(calls, deadline, deadline_key)
 
+    @staticmethod
+    def finished(calls: Sequence[Call]) -> list[Any]:
+        """Results of those calls that have one by now."""
+        return [ray.get(call.pending.ref) for call in calls if succeeded(call.pending)]
+
     def forget_unfinished(self) -> None:
         """Nobody waits for the calls under way any more: the run goes on from a checkpoint."""
         for worker in self._workers:
@@ -106,16 +115,12 @@ def _generate(process: Process, doing: str, request: RolloutRequest) -> Pending:
     return process.call(doing, "generate", request)
 
 
-def merge_results(results: Sequence[RolloutResult]) -> RolloutResult:
+def merge_results(prompts: Sequence[Prompt], results: Sequence[RolloutResult]) -> RolloutResult:
     """One result for the shares that ``RolloutPool.generate`` gave out, its groups in the order of the prompts."""
-    groups: list[Group | None] = [None] * sum(len(result.groups) for result in results)
-    entropy = EntropyStatistics()
-    for index, result in enumerate(results):
-        groups[index :: len(results)] = result.groups
-        entropy = entropy + result.entropy
+    groups = {group.prompt.key: group for result in results for group in result.groups}
     return RolloutResult(
-        groups=tuple(group for group in groups if group is not None),
-        entropy=entropy,
+        groups=tuple(groups[prompt.key] for prompt in prompts),
+        entropy=sum((result.entropy for result in results), EntropyStatistics()),
         seconds=max(result.seconds for result in results),
         perturbed_modules=min(result.perturbed_modules for result in results),
         applied_sigma=min(result.applied_sigma for result in results),

@@ -14,23 +14,26 @@ from pathlib import Path
 
 import numpy as np
 
-from mxdist import __version__
 from mxdist.aqn.controller import AqnController
 from mxdist.config import Config
 from mxdist.config.schema import Supervised
 from mxdist.control.batch import Answered, build_batch, pad_sequences, token_weights
-from mxdist.control.checkpoints import CheckpointStore, ControllerState
+from mxdist.control.checkpoints import ControllerState
 from mxdist.control.collect import Collected, Collector, RewardPool
 from mxdist.control.evaluation import greedy_accuracy
 from mxdist.control.groups import LearnerGroup, RolloutPool
+from mxdist.control.guards import Guards
+from mxdist.control.saving import CheckpointWriter, versions
 from mxdist.control.schedule import learning_rate, warm_start_learning_rate
 from mxdist.control.step_metrics import cost_metrics, step_metrics
-from mxdist.control.supervisor import Supervisor
+from mxdist.control.stopping import StopRequests
 from mxdist.control.weights import WeightSync
+from mxdist.errors import NotFinite, Preempted
 from mxdist.learner.losses import get_objective
 from mxdist.messages import EntropyStatistics, UpdateReport
 from mxdist.model.shape import ModelShape
 from mxdist.observe.console import Console
+from mxdist.observe.ledger import Ledger
 from mxdist.observe.loggers import Loggers
 from mxdist.observe.rollout_files import RolloutFiles
 from mxdist.seeds import derive_seed
@@ -57,8 +60,10 @@ class Trainer:
     sync: WeightSync
     collector: Collector
     aqn: AqnController
-    checkpoints: CheckpointStore
-    supervisor: Supervisor
+    checkpoints: CheckpointWriter
+    ledger: Ledger
+    guards: Guards
+    stop: StopRequests
     loggers: Loggers
     rollouts: RolloutFiles
     console: Console
@@ -75,6 +80,7 @@ class Trainer:
         if fresh and not self.measurement:
             self.loggers.log(0, metrics | self._evaluate(0))
             self._checkpoint(0)
+        self.stop.patient = True
         for step in range(first_step, run.steps):
             metrics = self._train_step(step)
             done = step + 1
@@ -82,12 +88,18 @@ class Trainer:
                 metrics |= self._evaluate(done)
             metrics |= {f"timing_s/{name}": seconds for name, seconds in self._seconds.items()}
             self.loggers.log(done, metrics)
+            self.ledger.append(done, *self._collected.account())
             self.console.step(done, metrics)
             self.rollouts.write(done, self._collected.scored)
+            self.guards.check(done, metrics)
             self._seconds = {}  # a checkpoint's seconds stand in the next step's line
             # After its line in the log: a run that resumes from here will not write that line again.
-            if self._due(done, run.checkpoint_every):
+            if self.stop.asked or self._due(done, run.checkpoint_every):
                 self._checkpoint(done)
+            if self.stop.asked and done < run.steps:
+                self.checkpoints.finish()
+                raise Preempted(f"asked to stop (SIGTERM) and stopped after step {done}; go on with 'mxdist resume'")
+        self.checkpoints.finish()
 
     def _due(self, done: int, every: int) -> bool:
         """Whether what is done ``every`` so many steps and at the end is to be done after ``done`` steps."""
@@ -96,6 +108,7 @@ class Trainer:
     def _train_step(self, step: int) -> dict[str, float]:
         """One optimizer step (or ``algorithm.minibatches`` of them) on one batch of groups."""
         config, started = self.config, time.monotonic()
+        self.checkpoints.look()
         self.console.working(f"sampling for step {step + 1}")
         with self._timed("rollout"):
             self.collector.submit_through(min(step + config.rollout.max_lag, config.run.steps - 1))
@@ -103,6 +116,7 @@ class Trainer:
         self.console.working(f"learning from step {step + 1}")
         with self._timed("update"):
             reports = self._update(step, collected)
+        self.checkpoints.look()
         with self._timed("sync"):
             self.sync.push(step + 1)
             # The newest push that no batch under way stands before; with max_lag 0 the one just made.
@@ -126,7 +140,10 @@ class Trainer:
         lr = learning_rate(config.optimizer, step)
         watch = config.log.quant_every > 0 and step % config.log.quant_every == 0
         trace = self.measurement.trace if self.measurement and step == config.run.steps - 1 else None
-        return self.learners.update(batch, config.algorithm, lr, f"update of step {step}", watch, trace)
+        try:
+            return self.learners.update(batch, config.algorithm, lr, f"update of step {step}", watch, trace)
+        except NotFinite as found:
+            raise self.guards.not_finite(found) from None
 
     def _warm_start(self) -> None:
         """Supervised steps on the task's demonstrations, by the same learner."""
@@ -159,20 +176,18 @@ class Trainer:
         return {"eval/accuracy": accuracy.value}
 
     def _checkpoint(self, step: int) -> None:
-        self.console.working("writing a checkpoint")
+        """Begin one; it is written while training goes on."""
+        self.console.working("taking a checkpoint")
         with self._timed("checkpoint"):
-            self.sync.check_all()
             state = ControllerState(
                 step=step,
                 cursor=self.collector.cursor.state(),
-                ahead=[cursor.state() for cursor in self.collector.cursors_ahead()],
                 aqn=self.aqn.state(),
                 aqn_steps=self.aqn.total_steps,
                 recipe=self.config.recipe,
-                mxdist_version=__version__,
+                versions=versions(),
             )
-            self.checkpoints.write(state, self.learners.save)
-        self.supervisor.checkpoint_written()
+            self.checkpoints.begin(state, self.collector.ahead())
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

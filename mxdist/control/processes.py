@@ -7,6 +7,7 @@ that the controller never imports Megatron-core or vLLM.
 import logging
 import os
 import shlex
+import signal
 import socket
 import sys
 import time
@@ -43,6 +44,7 @@ REWARD_WORKER_CPUS = 0.25
 OBJECT_STORE_BYTES = 512 << 20  # at least
 VERSIONS_IN_STORE = 3  # of the weights: one on its way, one that the engines have, one that goes
 CONNECT_SECONDS = 5.0
+LOOPBACK = "127.0.0.1"
 
 
 class WorkerProcess:
@@ -151,6 +153,7 @@ def start_ray(config: Config) -> None:
         UserError: the cluster cannot be reached, or has fewer CPUs or GPUs than the layout asks for; or two learner
             ranks may come to share a GPU.
     """
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     learner = config.learner
     if learner.ranks > 1 and 0 < learner.gpus_per_rank <= 0.5:
         raise UserError(
@@ -169,6 +172,7 @@ def start_ray(config: Config) -> None:
         common["runtime_env"]["py_executable"] = shlex.quote(sys.executable)
         ray.init(
             address="local",  # else it would join any cluster that it finds running here
+            _node_ip_address=LOOPBACK,
             num_cpus=logical,
             include_dashboard=False,
             object_store_memory=object_store_bytes(config),
@@ -176,6 +180,7 @@ def start_ray(config: Config) -> None:
         )
     else:
         _join_cluster(config.cluster.address, common)
+    signal.signal(signal.SIGTERM, on_sigterm)  # ray.init has set its own
     have = ray.available_resources()
     for kind, wanted in (("CPU", cpus_wanted(config)), ("GPU", gpus_wanted(config))):
         if wanted > have.get(kind, 0) + 1e-6:

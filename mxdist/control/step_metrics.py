@@ -29,6 +29,7 @@ def step_metrics(
     metrics = {
         "actor/entropy": entropy.mean,
         "actor/grad_norm": float(np.mean([report.grad_norm for report in reports])),
+        "guards/skipped_update": float(any(np.isnan(report.grad_norm) for report in reports)),
         "actor/lr": reports[0].learning_rate,
         "critic/rewards/mean": float(rewards.mean()),
         "critic/rewards/max": float(rewards.max()),

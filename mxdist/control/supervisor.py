@@ -2,6 +2,7 @@
 
     a rollout or reward worker   replaced; its unfinished calls are made again on the new process
     a learner rank               all ranks replaced, and the loop's state with them, from the newest checkpoint
+    a guard that rolls back      the loop and the learner taken back to the newest checkpoint
     more than run.restarts such failures between two checkpoints, or any failure of another kind: the run stops
 
 Before anything that did not answer is ended, the stacks of all processes are written into the run directory.
@@ -15,7 +16,7 @@ from mxdist.config import Config
 from mxdist.control.processes import Process
 from mxdist.control.roster import Roster
 from mxdist.control.waits import Pending, succeeded, wait_for
-from mxdist.errors import DeadlineExceeded, ProcessFailure, RunStopped
+from mxdist.errors import DeadlineExceeded, ProcessFailure, RollBack, RunStopped
 
 
 class Worker:
@@ -119,7 +120,7 @@ class Supervisor:
                 call.worker.has_finished(call)
             return found
 
-    def take(self, failure: ProcessFailure) -> None:
+    def take(self, failure: ProcessFailure | RollBack) -> None:
         """Note a failure that will be recovered from. RunStopped when there have been too many."""
         said = self._said(failure)
         if self._since_checkpoint >= self._limit:
@@ -132,7 +133,7 @@ class Supervisor:
         """What to raise for a failure that nothing recovers from."""
         return RunStopped(self._said(failure))
 
-    def _said(self, failure: ProcessFailure) -> str:
+    def _said(self, failure: RunStopped) -> str:
         if not isinstance(failure, DeadlineExceeded):
             return str(failure)
         return f"{failure}; the stacks of all processes are in {self.roster.report(failure)}"

@@ -1,38 +1,122 @@
 """Model and optimizer in Megatron's distributed checkpoint format, which can be loaded on another layout of ranks."""
 
+import contextlib
+import ctypes
 import json
+import os
+import signal
+import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.serialization import (
-    get_default_load_sharded_strategy,
-    get_default_save_sharded_strategy,
-)
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint import CheckpointException
 
-from mxdist.errors import UserError
+from mxdist.errors import CheckpointFailed, UserError
+from mxdist.learner import random_state
 from mxdist.learner.policy import Policy
 from mxdist.model.quantised_weight import forget, requantise
 from mxdist.model.shape import ModelShape
 
 SHAPE_FILE = "model_shape.json"
 SHARDING = "fully_reshardable"
+PROBE_BYTES = 1 << 20
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def save(directory: Path, policy: Policy, shape: ModelShape) -> None:
-    """Write into the existing, empty ``directory``; every rank must call it."""
-    state = {**_sharded_state(policy, is_loading=False), "step": policy.updates}
-    strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _data_parallel_group())
-    dist_checkpointing.save(state, str(directory), strategy)
-    if torch.distributed.get_rank() == 0:
-        (directory / SHAPE_FILE).write_text(json.dumps(_description(shape), indent=2) + "\n")
-    torch.distributed.barrier()
+class Saver:
+    """Writes the checkpoints of one learner rank while it goes on training; every method is collective.
+
+    ``begin`` takes what the checkpoint is to hold and forks a process that writes it: the child's memory is the state
+    of that moment (of tensors on a GPU it is given copies). What is planned for the first is kept for the others.
+    """
+
+    def __init__(self, policy: Policy, shape: ModelShape) -> None:
+        self._policy = policy
+        self._shape = shape
+        self._strategy = FullyParallelSaveStrategyWrapper(
+            TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True),
+            _data_parallel_group(),
+            do_cache_distribution=True,
+        )
+        self._writers = AsyncCallsQueue(persistent=False)
+        self._begun = 0
+
+    def begin(self, directory: Path) -> None:
+        """Start to write into the existing, empty ``directory``.
+
+        Raises:
+            CheckpointFailed: it cannot be written, on all ranks.
+        """
+        _raise_unless_writable(directory)
+        state = {**_sharded_state(self._policy, is_loading=False), "step": self._policy.updates}
+        request = dist_checkpointing.save(
+            state,
+            str(directory),
+            self._strategy,
+            validate_access_integrity=self._begun == 0,
+            async_sharded_save=True,
+        )
+        if request.async_fn is not None:
+            request = request._replace(async_fn=partial(_in_child, request.async_fn))
+        self._writers.schedule_async_request(request)
+        self._begun += 1
+        random_state.save(directory)
+        if torch.distributed.get_rank() == 0:
+            (directory / SHAPE_FILE).write_text(json.dumps(_description(self._shape), indent=2) + "\n")
+
+    def finished(self, wait: bool) -> bool:
+        """Whether all ranks have written what they began. ``wait`` until they have.
+
+        Raises:
+            CheckpointFailed: a rank could not write, on all ranks.
+        """
+        try:
+            self._writers.maybe_finalize_async_calls(blocking=wait)
+        except CheckpointException as error:
+            reasons = [str(failure[0]) for failure in error.failures.values()] or ["another rank could not write"]
+            raise CheckpointFailed(f"the learner's checkpoint could not be written: {reasons[0]}") from None
+        return not self._writers.get_num_unfinalized_calls()
+
+
+def _in_child(write: Callable[..., None], *arguments: Any, **options: Any) -> None:
+    """Write in the forked process, which must not outlive or impersonate its parent.
+
+    It closes the sockets it has inherited: while it held them, nobody would learn of the parent's death.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    for entry in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{entry}").startswith("socket:"):
+                os.close(int(entry))
+    write(*arguments, **options)
+
+
+def _raise_unless_writable(directory: Path) -> None:
+    """CheckpointFailed on all ranks when any of them cannot write: alone, it would leave the others waiting."""
+    reason = ""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(bytes(PROBE_BYTES))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        reason = f"{error.strerror} in {directory}"
+    failures = torch.tensor(int(bool(reason)), device="cuda" if torch.cuda.is_available() else "cpu")
+    torch.distributed.all_reduce(failures)
+    if failures:
+        raise CheckpointFailed(f"the learner's checkpoint could not be written: {reason or 'see another rank'}")
 
 
 def load(directory: Path, policy: Policy, shape: ModelShape) -> None:
@@ -60,6 +144,7 @@ def load(directory: Path, policy: Policy, shape: ModelShape) -> None:
                 {"optimizer": settings, "param_state": state["optimizer"][index], "param_state_sharding_type": SHARDING}
             )
         requantise(policy.model)
+    random_state.load(directory)
 
 
 def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:

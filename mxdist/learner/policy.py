@@ -26,7 +26,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from torch import Tensor
 
 from mxdist.config.schema import OptimizerConfig as AdamSettings
-from mxdist.errors import RunStopped
+from mxdist.errors import NotFinite
+from mxdist.learner.finite import first_not_finite
 from mxdist.learner.losses import LossInputs, LossOutput, Objective
 from mxdist.learner.microbatches import MicroBatch, one_micro_batch
 from mxdist.learner.scoring import token_scores
@@ -132,14 +133,19 @@ class Policy:
         return self._run(parts, self._finish(loss), forward_only=False)
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update the weights and quantise them anew. Returns the gradients' norm before clipping."""
+        """Clip, update the weights and quantise them anew. Returns the gradients' norm before clipping.
+
+        Raises:
+            NotFinite: a gradient is not finite; no weight has changed.
+        """
+        if (name := first_not_finite(self._ddp)) is not None:
+            raise NotFinite(
+                f"a gradient is not finite, first that of {name} in the backward pass of update {self.updates + 1}; "
+                f"lower optimizer.lr, look at the data of this step, or set guards.not_finite"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         _, norm, _ = self.optimizer.step()
-        if not np.isfinite(norm):
-            raise RunStopped(
-                f"the gradients are not finite (norm {norm}); lower optimizer.lr or look at the data of this step"
-            )
         requantise(self.model)
         return float(norm)
 

@@ -20,6 +20,7 @@ import torch
 
 from mxdist.config.hf_config import model_directory
 from mxdist.config.schema import AlgorithmConfig, Config, Supervised
+from mxdist.errors import NotFinite
 from mxdist.learner.losses import get_objective
 from mxdist.learner.microbatches import MicroBatch, micro_batches, optimizer_batches, padding_saved, rejoin
 from mxdist.learner.trace import traced
@@ -57,6 +58,7 @@ class LearnerWorker:
 
         megatron_cpu.install()
         from mxdist.learner import parallel
+        from mxdist.learner.checkpoint import Saver
         from mxdist.learner.policy import Policy
         from mxdist.model.draws import GradientDraws
         from mxdist.model.gpt import build_gpt
@@ -77,6 +79,7 @@ class LearnerWorker:
         else:
             load_checkpoint(model, self.shape, model_directory(config.model.path))
         self._policy = Policy(model, config.optimizer, draws)
+        self._saver = Saver(self._policy, self.shape)
         return LearnerReport(
             rank=self.rank,
             quantised_modules=quantised_modules(model, self.shape),
@@ -129,12 +132,21 @@ class LearnerWorker:
                 with _timed(seconds, "forward_backward"):
                     scored += self._policy.accumulate(share, objective, old)
                 with _timed(seconds, "optimizer"):
-                    norms.append(self._policy.step(learning_rate))
+                    norms.append(self._step(learning_rate))
         entropy = sum((piece.entropy for piece in scored), EntropyStatistics())
         means |= self._means(batches, shares, scored, isinstance(algorithm, Supervised))
         if not self._place.reports:
             entropy = EntropyStatistics()
         return UpdateReport(means, entropy, float(np.mean(norms)), learning_rate, seconds, process_usage())
+
+    def _step(self, learning_rate: float) -> float:
+        """The gradients' norm; NaN when the update is left out because they are not finite."""
+        try:
+            return self._policy.step(learning_rate)
+        except NotFinite:
+            if self.config.guards.not_finite != "skip":
+                raise
+            return float("nan")
 
     def _micro_batches(self, batch: TrainBatch) -> list[MicroBatch]:
         place, learner = self._place, self.config.learner
@@ -194,10 +206,20 @@ class LearnerWorker:
         return export(self._policy.model, self.shape, self.recipes, version)
 
     def save(self, directory: Path) -> None:
-        """Write model and optimizer into the existing, empty ``directory``."""
-        from mxdist.learner import checkpoint
+        """Begin to write model, optimizer and random state into the existing, empty ``directory``.
 
-        checkpoint.save(directory, self._policy, self.shape)
+        Raises:
+            CheckpointFailed: it cannot be written.
+        """
+        self._saver.begin(directory)
+
+    def save_finished(self, wait: bool) -> bool:
+        """Whether what ``save`` began is written; ``wait`` until it is.
+
+        Raises:
+            CheckpointFailed: it could not be written.
+        """
+        return self._saver.finished(wait)
 
     def load(self, directory: Path) -> None:
         """Continue from what ``save`` wrote.

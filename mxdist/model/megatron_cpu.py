@@ -26,12 +26,14 @@ What it replaces, and why (files relative to megatron/core):
                                               where the compiled functions are none that this project's layers call
     moe_utils.te_general_gemm                 an upstream defect: without Transformer Engine the router uses a name
                                               that is not defined (a NameError), on a GPU as well
-    filesystem_async._results_queue           for a queue whose two ends are in this process, as long as checkpoints are
-                                              written synchronously, every rank would start a manager process: 300 MiB
-                                              and 3 seconds, and it outlives a learner that is killed
+    filesystem_async._results_queue           to hand one result from a forked writer to its parent, every rank would
+                                              start a manager process: 300 MiB and 3 seconds, and it outlives a learner
+                                              that is killed
 """
 
 import contextlib
+import os
+import pickle
 import queue
 import types
 from collections.abc import Callable, Iterator
@@ -101,6 +103,32 @@ def _on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
         return factory(*args, **kwargs)
 
     return create
+
+
+class ForkedResult:
+    """A queue of at most one item, through memory that a process shares with those it forks later.
+
+    Unlike a pipe it takes an item of any size before anyone reads it.
+    """
+
+    def __init__(self) -> None:
+        self._memory = open(os.memfd_create("mxdist_result"), "w+b")  # noqa: SIM115  (as long as the process)
+
+    def put(self, item: object) -> None:
+        self._memory.seek(0)
+        self._memory.truncate()
+        pickle.dump(item, self._memory)
+        self._memory.flush()
+
+    def get_nowait(self) -> Any:
+        self._memory.seek(0)
+        try:
+            return pickle.load(self._memory)  # from a process of our own
+        except EOFError:
+            raise queue.Empty from None
+        finally:
+            self._memory.seek(0)
+            self._memory.truncate()
 
 
 class GroupStepAdam(torch.optim.Optimizer):
@@ -249,4 +277,4 @@ def _define_missing_name() -> None:
 def _keep_results_of_writing_here() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    filesystem_async._results_queue = queue.Queue()
+    filesystem_async._results_queue = ForkedResult()

@@ -16,7 +16,7 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int | None) -> None:
         """Open the file. ``resume_step``: the step to go on from; later lines are dropped. None: begin anew."""
         if resume_step is not None and path.exists():
-            _rewrite(path, [line for line in read_metrics(path) if line["step"] <= resume_step])
+            rewrite(path, [line for line in read_metrics(path) if line["step"] <= resume_step])
         self._stream = open(path, "w" if resume_step is None else "a", encoding="utf-8")  # noqa: SIM115  (see close)
         self._last = -1 if resume_step is None else resume_step
 
@@ -50,7 +50,8 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
         yield json.loads(line)
 
 
-def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
+def rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Replace a file of JSON lines; readers see the old one or the new one."""
     partial = path.with_suffix(".partial")
     with open(partial, "w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(line) + "\n" for line in lines)

@@ -1,6 +1,5 @@
 """A run exported is the checkpoint it was started from, bit for bit; transformers and vLLM load it."""
 
-import json
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from mxdist.config import dump_config
 from mxdist.config.schema import Config, ModelConfig
+from mxdist.control.checkpoints import CheckpointStore, ControllerState
 from mxdist.control.exporting import export
 from mxdist.errors import UserError
 from mxdist.messages import Noise, Prompt, RolloutRequest, SamplingSettings, WeightPayload
@@ -20,15 +20,7 @@ from tests.model.checkpoints import config_of, save_checkpoint, tensors_of
 from tests.model.ranks import DENSE, MOE, Learners, RankProcesses, shape_of
 from tests.rollout.engine_process import EngineProcess
 
-STATE = {
-    "step": 3,
-    "cursor": {},
-    "ahead": [],
-    "aqn": {},
-    "aqn_steps": 1,
-    "recipe": "",
-    "mxdist_version": "",
-}
+STATE = ControllerState(step=3, cursor={}, aqn={}, aqn_steps=1, recipe="", versions={"mxdist": "0.1"})
 PROMPTS = [[1, 5, 9, 30], [1, 7], [1, 8, 33, 21, 4, 6]]
 
 
@@ -41,10 +33,11 @@ def ranks() -> Iterator[RankProcesses]:
 
 def save_run(run: Path, config: Config, learners: Learners) -> Path:
     """What a run directory holds that an export reads."""
-    folder = run / "checkpoints" / "step_3"
-    (folder / "learner").mkdir(parents=True)
-    learners.call("save", folder / "learner")
-    (folder / "controller.json").write_text(json.dumps(STATE))
+    store = CheckpointStore(run)
+    partial = store.begin(STATE.step)
+    learners.call("save", partial / "learner")
+    learners.call("save_finished", True)
+    store.complete(partial, STATE)
     (run / "config.yaml").write_text(dump_config(config))
     (run / "tokenizer").mkdir()
     (run / "tokenizer" / "tokenizer.json").write_text("{}")
@@ -149,7 +142,7 @@ def test_what_cannot_be_exported_is_said_in_a_sentence_and_leaves_nothing(ranks:
     stored = sorted((run / "checkpoints/step_3/learner").glob("*.distcp"))[0]
     stored.write_bytes(stored.read_bytes()[:100])
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="is missing or damaged"):
+    with pytest.raises(UserError, match=r"is damaged \(learner/"):
         export(run, tmp_path / "out", "bf16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out", "run"]
     assert not list((tmp_path / "out").iterdir())

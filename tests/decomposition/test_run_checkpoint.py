@@ -33,6 +33,7 @@ def test_every_tensor_is_what_the_learner_exports(
     with ranks.learners(model, "bf16", count) as learners:
         payloads = learners.call("export", 0)
         learners.call("save", learner)
+        learners.call("save_finished", True)
     exported = {entry.name: entry.parts["values"] for payload in payloads for entry in payload.entries}
     source = open_source(tmp_path)
     assert isinstance(source, RunSource)

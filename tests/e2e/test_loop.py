@@ -12,15 +12,21 @@ import ray
 
 from mxdist.aqn.controller import AqnController
 from mxdist.config import Config, load_config
+from mxdist.control.batch import ScoredGroup
 from mxdist.control.checkpoints import CheckpointStore
-from mxdist.control.collect import Collector
+from mxdist.control.collect import Collector, SavedBatch
+from mxdist.control.guards import Guards
 from mxdist.control.loop import Trainer
+from mxdist.control.records import read_records, write_records
+from mxdist.control.saving import CheckpointWriter
+from mxdist.control.stopping import StopRequests
 from mxdist.control.system import System, running
 from mxdist.control.waits import wait_for
 from mxdist.control.weights import WeightSync
 from mxdist.errors import ParityError
 from mxdist.messages import WeightPayload
 from mxdist.observe.console import Console
+from mxdist.observe.ledger import Ledger
 from mxdist.observe.loggers import Loggers
 from mxdist.observe.rollout_files import RolloutFiles
 from mxdist.sync.parity import compare_checksums
@@ -52,7 +58,12 @@ def train(up: Up, tmp_path: Path, *settings: str, fresh: bool = False) -> list[d
     config: Config = load_config(QUICKSTART, [*SHORT, *settings])
     aqn = AqnController(config.aqn, config.run.steps)
     system = up.system
-    with Console(tmp_path, config.run.steps) as console, Loggers(tmp_path, config) as loggers:
+    store = CheckpointStore(tmp_path)
+    with (
+        Console(tmp_path, config.run.steps) as console,
+        Loggers(tmp_path, config) as loggers,
+        CheckpointWriter(store, system.learners, config, console.note, lambda: None) as checkpoints,
+    ):
         trainer = Trainer(
             config=config,
             task=up.task,
@@ -63,8 +74,10 @@ def train(up: Up, tmp_path: Path, *settings: str, fresh: bool = False) -> list[d
             sync=WeightSync(system.learners, system.pool, config),
             collector=Collector(config, up.task, system.pool, system.rewards, aqn, Cursor()),
             aqn=aqn,
-            checkpoints=CheckpointStore(tmp_path),
-            supervisor=system.supervisor,
+            checkpoints=checkpoints,
+            ledger=Ledger(tmp_path, None),
+            guards=Guards(config.guards, config.algorithm.prompts_per_step, console.note),
+            stop=StopRequests(),
             loggers=loggers,
             rollouts=RolloutFiles(tmp_path, 1, up.task.tokenizer),
             console=console,
@@ -112,27 +125,41 @@ def test_the_entropy_band_sets_sigma_from_what_the_learner_reports(up: Up, tmp_p
     assert sigmas[4:] == pytest.approx([0.001, 0.00125])
 
 
-def test_a_resumed_run_samples_what_was_ahead_again_and_no_prompt_twice(up: Up) -> None:
+def test_a_resumed_run_has_what_was_sampled_ahead_and_samples_no_prompt_twice(up: Up, tmp_path: Path) -> None:
     settings = ["algorithm.name=dapo", "algorithm.max_extra_batches=1", "rollout.max_new_tokens=1"]
-    config = load_config(QUICKSTART, [*SHORT, *settings, "run.steps=4"])
+    config = load_config(QUICKSTART, [*SHORT, *settings, "run.steps=4", "rollout.max_lag=1"])
 
-    def collector(cursor: Cursor, step: int, again: list[Cursor]) -> Collector:
+    def collector(cursor: Cursor, step: int, again: list[SavedBatch]) -> Collector:
         aqn, system = AqnController(config.aqn, 4), up.system
         return Collector(config, up.task, system.pool, system.rewards, aqn, cursor, step, deque(again))
 
-    def keys(collector: Collector, step: int) -> list[str]:
-        return [group.group.prompt.key for group in collector.collect(step).scored]
-
+    sync = WeightSync(up.system.learners, up.system.pool, config)
+    sync.push(1000)  # not too old for any step
+    sync.check_all()
     killed = collector(Cursor(), 0, [])
     killed.submit_through(1)
-    drawn = keys(killed, 0)  # and an extra batch, drawn behind the batch ahead
+    first = killed.collect(0)  # and an extra batch, drawn behind the batch ahead
     assert killed.cursor.position == 3 * 8
-    resumed = collector(killed.cursor, 1, killed.cursors_ahead())
+    sync.push(1001)
+    sync.check_all()  # engines get there when the batch ahead is finished
+    write_records(tmp_path / "ahead", killed.ahead())
+    [again] = read_records(tmp_path / "ahead", SavedBatch)
+    [whole] = again.results
+    assert len(whole.groups) == 8
+    half = replace(whole, groups=whole.groups[::2])  # as if a second engine had been slower
+    resumed = collector(killed.cursor, 1, [replace(again, results=(half,))])
     resumed.submit_through(2)
-    again = keys(resumed, 1)
-    assert again == keys(killed, 1)
-    assert not set(drawn) & set(again)
-    assert not set(drawn + again) & set(keys(resumed, 2))
+    found, unkilled = resumed.collect(1), killed.collect(1)
+    assert found.places == unkilled.places
+    assert all(found.scored[2 * index].group is group for index, group in enumerate(half.groups))  # not sampled again
+    assert [answers(group) for group in found.scored] == [answers(group) for group in unkilled.scored]
+    last = resumed.collect(2)
+    places = [*first.places, *first.dropped, *found.places, *found.dropped, *last.places, *last.dropped]
+    assert len(places) == len(set(places)) == 6 * 8
+
+
+def answers(scored: ScoredGroup) -> list[list[int]]:
+    return [sample.tokens.tolist() for sample in scored.group.samples]
 
 
 def test_one_flipped_bit_on_the_way_is_named_and_stops_the_run(up: Up) -> None:

@@ -55,6 +55,7 @@ def test_a_run_repeats_bit_for_bit_and_another_seed_rounds_otherwise(ranks: Rank
         with ranks.learners(MOE, "mxfp4_g4", 2, micro_batch_tokens=30, run={"seed": seed}) as learners:
             if not runs:
                 learners.call("save", tmp_path)
+                learners.call("save_finished", True)
             learners.call("load", tmp_path)  # the same weights for every seed
             runs.append([learners.call("update", random_batch(), Grpo(), 1e-3)[0].grad_norm for _ in range(3)])
     assert runs[0] == runs[1]
@@ -67,6 +68,7 @@ def test_the_draws_go_on_where_a_checkpoint_left_them(ranks: RankProcesses, tmp_
             learners.call("update", random_batch(), Grpo(), 1e-3)
         assert learners.run(updates) == [2, 2]
         learners.call("save", tmp_path)
+        learners.call("save_finished", True)
         uninterrupted = learners.call("update", random_batch(), Grpo(), 1e-3)[0].grad_norm
     with ranks.learners(MOE, "mxfp4_g4", 2) as learners:
         learners.call("load", tmp_path)

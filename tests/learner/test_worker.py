@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from mxdist.config.schema import Grpo, Supervised
-from mxdist.errors import RunStopped, UserError
+from mxdist.errors import NotFinite, UserError
 from mxdist.learner.worker import LearnerWorker
 from mxdist.messages import Mean, TrainBatch, UpdateReport, WeightPayload
 from tests.learner.batches import random_batch
 from tests.model.against_transformers import logprobs_of, transformers_model
-from tests.model.ranks import DENSE, MOE, Learners, RankProcesses, shape_of
+from tests.model.ranks import MOE, Learners, RankProcesses, shape_of
 
 UNCLIPPED = {"clip_grad": 1e9}
 
@@ -140,12 +140,27 @@ def test_weight_decay_shrinks_matrices_and_leaves_norms_alone(ranks: RankProcess
         assert np.allclose(after[name], factor * values, rtol=1e-6), name
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "mxfp4"])
-def test_gradients_that_are_not_finite_stop_the_run(recipe: str, ranks: RankProcesses) -> None:
+@pytest.mark.parametrize("ranks_", [1, 2])
+def test_gradients_that_are_not_finite_stop_the_run_before_a_weight_changes(ranks_: int, ranks: RankProcesses) -> None:
     batch = random_batch()
     batch.weights[0] = np.nan
-    with ranks.learners(DENSE, recipe) as learners, pytest.raises(RunStopped, match="not finite"):
-        learners.call("update", batch, Supervised(), 1e-3)
+    with ranks.learners(MOE, "bf16", ranks_) as learners:
+        before = tensors(learners.call("export", 0))
+        with pytest.raises(NotFinite, match=r"first that of output_layer\.weight in the backward pass of update 1"):
+            learners.call("update", batch, Supervised(), 1e-3)
+        assert distance(before, tensors(learners.call("export", 0))) == 0
+        learners.call("update", random_batch(), Supervised(), 1e-3)  # and the next batch can be learnt from
+        assert 0 < distance(before, tensors(learners.call("export", 1))) < 1
+
+
+def test_an_update_with_gradients_that_are_not_finite_is_left_out_when_asked_to(ranks: RankProcesses) -> None:
+    batch = random_batch()
+    batch.weights[0] = np.nan
+    with ranks.learners(MOE, "bf16", 2, guards={"not_finite": "skip"}) as learners:
+        before = tensors(learners.call("export", 0))
+        reports = learners.call("update", batch, Supervised(), 1e-3)
+        assert all(np.isnan(report.grad_norm) for report in reports)
+        assert distance(before, tensors(learners.call("export", 0))) == 0
 
 
 # Scores
@@ -250,7 +265,8 @@ def test_training_continues_bit_for_bit_from_a_checkpoint(dtype: str, ranks: Ran
     with ranks.learners(model, "mxfp4_mbs_of", 2) as learners:
         train(learners, range(2))
         learners.call("save", tmp_path)
-        uninterrupted = train(learners, range(2, 5))
+        uninterrupted = train(learners, range(2, 5))  # goes on while the checkpoint is written
+        learners.call("save_finished", True)
         weights = [entry.checksums for payload in learners.call("export", 5) for entry in payload.entries]
     with ranks.learners(model, "mxfp4_mbs_of", 2, run={"seed": 1}) as learners:
         learners.call("load", tmp_path)
@@ -265,6 +281,7 @@ def test_a_checkpoint_continues_on_another_layout(
     with ranks.learners(MOE, "bf16", saved[0], expert_parallel=saved[1]) as learners:
         train(learners, range(2))
         learners.call("save", tmp_path)
+        learners.call("save_finished", True)
         uninterrupted = train(learners, range(2, 5))
     with ranks.learners(MOE, "bf16", loaded[0], expert_parallel=loaded[1], run={"seed": 1}) as learners:
         learners.call("load", tmp_path)
@@ -275,6 +292,7 @@ def test_a_checkpoint_before_the_first_step_can_be_loaded(ranks: RankProcesses, 
     with ranks.learners(MOE, "bf16") as learners:
         start = tensors(learners.call("export", 0))
         learners.call("save", tmp_path)
+        learners.call("save_finished", True)
         learners.call("update", random_batch(), Supervised(), 1e-2)
         once = tensors(learners.call("export", 1))
         learners.call("load", tmp_path)
@@ -286,6 +304,7 @@ def test_a_checkpoint_before_the_first_step_can_be_loaded(ranks: RankProcesses, 
 def test_saving_leaves_no_process_behind(ranks: RankProcesses, tmp_path: Path) -> None:
     with ranks.learners(MOE, "bf16", 2) as learners:
         learners.call("save", tmp_path)
+        learners.call("save_finished", True)
         assert learners.run(child_processes) == [0, 0]
 
 
@@ -298,6 +317,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name_and_changes_nothing(
 ) -> None:
     with ranks.learners(MOE, "bf16") as learners:
         learners.call("save", tmp_path)
+        learners.call("save_finished", True)
     with ranks.learners(MOE.model_copy(update={"num_experts": 2}), "bf16") as learners:
         before = tensors(learners.call("export", 0))
         with pytest.raises(UserError, match="num_experts 4 there and 2 here"):

@@ -1,0 +1,33 @@
+"""Whether the gradients of an update are numbers, found before the optimizer touches a weight."""
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+
+FINITE = 1 << 31
+
+
+def first_not_finite(ddp: DistributedDataParallel) -> str | None:
+    """Which gradient is NaN or infinite; every rank must call it, after the gradients have been reduced.
+
+    Returns:
+        Megatron's name of the parameter at which the backward pass first met one on the lowest rank that has any:
+        the last such parameter in the order of the forward pass. None when all gradients of all ranks are finite.
+    """
+    buffers = [*ddp.buffers, *ddp.expert_parallel_buffers]
+    mine = any(not bool(torch.isfinite(buffer.grad_data.sum())) for buffer in buffers)
+    rank = torch.distributed.get_rank() if mine else FINITE
+    device = next(ddp.parameters()).device
+    lowest = torch.tensor(rank, device=device)
+    torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
+    if int(lowest) == FINITE:
+        return None
+    shared = [_last_bad(ddp) if rank == int(lowest) else ""]
+    torch.distributed.broadcast_object_list(shared, int(lowest), device=device if device.type == "cuda" else None)
+    return shared[0]
+
+
+def _last_bad(ddp: DistributedDataParallel) -> str:
+    names = [
+        name for name, parameter in ddp.module.named_parameters() if not bool(torch.isfinite(parameter.main_grad).all())
+    ]
+    return names[-1] if names else "an overflowing sum"

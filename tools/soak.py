@@ -1,0 +1,164 @@
+"""Trains for a while on this machine, kills something every minute or so, and checks that nothing was lost or repeated.
+
+    python -m tools.soak RUN_DIR                       # 30 minutes, a fault about every 60 s
+    python -m tools.soak RUN_DIR --minutes 8 --seed 3
+
+The faults: kill -9 of a rollout worker, of a learner rank, of a reward worker, of the controller with everything it
+started (which a scheduler would start again with 'mxdist resume', as happens here), and an engine that stops answering.
+When the time is over the run is asked to stop (SIGTERM), resumed for a few steps more, and ended undisturbed. Then the
+ledger has to add up. Prints what happened and exits with 1 when something does not hold.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from mxdist.observe.ledger import check_ledger
+
+ROOT = Path(__file__).parents[1]
+MAX_LAG = 1
+LAST_STEPS = 5  # after the faults
+ENDLESS = 10**6
+SETTINGS = [
+    "algorithm.prompts_per_step=8",
+    "algorithm.samples_per_prompt=4",
+    "warm_start.steps=20",
+    "run.checkpoint_every=5",
+    "run.restarts=10",
+    f"rollout.max_lag={MAX_LAG}",
+    "rollout.workers=2",
+    "data.eval_problems=16",
+    "deadlines.rollout=60",
+    "deadlines.update=60",
+]
+FAULTS = {
+    "rollout worker killed": ("rollout_worker_*", signal.SIGKILL),
+    "learner rank killed": ("learner_rank_*", signal.SIGKILL),
+    "reward worker killed": ("reward_worker_*", signal.SIGKILL),
+    "engine stopped": ("rollout_worker_*", signal.SIGSTOP),
+    "controller killed": ("", signal.SIGKILL),
+}
+PREEMPTED = 75
+
+
+class Soak:
+    """One run under fire."""
+
+    def __init__(self, run_dir: Path, seed: int) -> None:
+        self.run_dir = run_dir
+        self._random = random.Random(seed)
+        self._process: subprocess.Popen[bytes] | None = None
+        self.faults: Counter[str] = Counter()
+        self.exits: Counter[int] = Counter()
+
+    def start(self, *settings: str) -> None:
+        """Start the run, or resume it."""
+        known = (self.run_dir / "config.yaml").exists()
+        begin = ["resume", str(self.run_dir)] if known else ["train", str(ROOT / "configs" / "quickstart.yaml")]
+        command = [sys.executable, "-m", "mxdist", *begin, *([] if known else [f"run.dir={self.run_dir}", *SETTINGS])]
+        self._process = subprocess.Popen([*command, *settings], cwd=ROOT, stdout=subprocess.DEVNULL)
+
+    def fault(self) -> None:
+        """Let one fault happen, drawn at random."""
+        assert self._process is not None
+        name = self._random.choice(sorted(FAULTS))
+        pattern, number = FAULTS[name]
+        if not pattern:
+            controller = psutil.Process(self._process.pid)
+            for member in [controller, *controller.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            self._process.wait()
+        elif files := sorted((self.run_dir / "stacks").glob(f"{pattern}.txt")):
+            victim = json.loads(self._random.choice(files).read_text().splitlines()[0])
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(victim["pid"])
+                if process.create_time() != victim["born"]:
+                    return
+                process.send_signal(number)
+        self.faults[name] += 1
+        print(f"{time.strftime('%H:%M:%S')} {name}, run at step {self.step()}", flush=True)
+
+    def step(self) -> int:
+        path = self.run_dir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+
+    def watch(self, until: Callable[[], bool]) -> None:
+        """Wait; a run that has ended is resumed, as a scheduler would."""
+        assert self._process is not None
+        while not until():
+            if self._process.poll() is not None:
+                self.exits[self._process.returncode] += 1
+                self.start(f"run.steps={ENDLESS}")
+            time.sleep(0.5)
+
+    def stop(self) -> int:
+        """Ask it to stop, as a scheduler does; the exit code."""
+        assert self._process is not None
+        self._process.terminate()
+        return self._process.wait(600)
+
+    def finish(self) -> int:
+        """Resume it for a few steps more and let it end; the exit code."""
+        self.start(f"run.steps={self.step() + LAST_STEPS}")
+        assert self._process is not None
+        return self._process.wait(1200)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--every", type=float, default=60, help="mean seconds between faults")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    waits = random.Random(options.seed)
+    soak = Soak(options.run_dir.absolute(), options.seed)
+    end = time.monotonic() + 60 * options.minutes
+    soak.start(f"run.steps={ENDLESS}")
+    while time.monotonic() < end:
+        due = time.monotonic() + options.every * waits.uniform(0.5, 1.5)
+        soak.watch(lambda due=due: time.monotonic() > min(due, end))  # type: ignore[misc]
+        if time.monotonic() < end:
+            soak.fault()
+    before = soak.step()
+    soak.watch(lambda: soak.step() > before)  # so that it is in training when it is asked to stop
+    stopped = soak.stop()
+    wanted = soak.step() + LAST_STEPS
+    finished = soak.finish()
+    return _report(soak, stopped, finished, wanted)
+
+
+def _report(soak: Soak, stopped: int, finished: int, wanted: int) -> int:
+    log = (soak.run_dir / "log.txt").read_text()
+    account = check_ledger(soak.run_dir, MAX_LAG)
+    steps, repeated = 0, 0
+    for line in log.splitlines():
+        if done := re.search(r" step +(\d+)/", line):
+            steps = int(done[1])
+        elif resumed := re.search(r"resumed from step (\d+)", line):
+            repeated += max(steps - int(resumed[1]), 0)
+            steps = int(resumed[1])
+    print(f"faults: {dict(soak.faults)}; exits in between: {dict(soak.exits)}")
+    print(f"stopped with {stopped}, finished with {finished} at step {soak.step()} of {wanted}")
+    print(f"ledger: {account.steps} steps, {account.trained} groups trained on once each, none lost")
+    print(f"steps taken again: {repeated}; deadline reports: {len(list((soak.run_dir / 'stacks').glob('report_*')))}")
+    good = stopped == PREEMPTED and finished == 0 and soak.step() == account.steps == wanted
+    print("all holds" if good else "something does not hold")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
