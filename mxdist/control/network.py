@@ -9,6 +9,7 @@ What is set in the environment of ``ray start`` on a node goes before what is fo
 """
 
 import os
+import random
 import socket
 from collections.abc import Mapping
 
@@ -18,6 +19,8 @@ import ray
 from mxdist.config import Config
 from mxdist.errors import UserError
 
+# Out of the range from which Linux gives ports away: until torch listens, nobody else should get the one found free.
+FREE_PORTS = range(21_000, 30_000)
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -48,13 +51,15 @@ def rendezvous(wanted_port: int) -> str | None:
     interface = os.environ[VARIABLES[0]]
     # On one machine gloo talks over lo, and the ranks find each other under any of its addresses.
     host = ray.util.get_node_ip_address() if interface == "lo" else address_of(interface, _addresses())
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", wanted_port))  # as torch will, on every interface
-        except OSError:
-            return None
-        return f"tcp://{host}:{probe.getsockname()[1]}"
+    for port in [wanted_port] if wanted_port else random.SystemRandom().sample(FREE_PORTS, 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))  # as torch will, on every interface
+                return f"tcp://{host}:{port}"
+            except OSError:
+                continue
+    return None
 
 
 def interface_of(address: str, addresses: Mapping[str, str]) -> str:
