@@ -46,6 +46,15 @@ except OSError:
 PYTHON
 }
 
+# await PID: wait for the process in spite of signals; their traps set signalled=1. Its exit code is in $code.
+await() {
+    while :; do
+        signalled=
+        wait "$1" && code=0 || code=$?
+        [ -n "$signalled" ] || break
+    done
+}
+
 # require_free PORT...: none of them has a listener on this node.
 require_free() {
     local taken

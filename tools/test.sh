@@ -11,5 +11,5 @@ fi
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
 # Fast ones first: a mistake in a formula should not wait for Ray to start.
-order=(config quant tasks observe decomposition cli aqn sync gpu model learner rollout control e2e)
+order=(config quant tasks observe decomposition cli aqn sync gpu model learner rollout control launch e2e)
 exec "$venv/bin/python" -m pytest "${order[@]/#/tests/}"
