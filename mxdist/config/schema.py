@@ -90,6 +90,11 @@ class ModelConfig(Section):
             )
         if self.num_experts and self.family == "qwen2":
             raise ValueError("family=qwen2 has no experts here; use family=qwen3, or set num_experts=0")
+        if self.family == "qwen2" and self.num_attention_heads * self.head_dim != self.hidden_size:
+            raise ValueError(
+                f"family=qwen2 has heads of hidden_size / num_attention_heads, but num_attention_heads * head_dim = "
+                f"{self.num_attention_heads * self.head_dim} and hidden_size={self.hidden_size}; make them equal"
+            )
         if self.num_experts and self.num_experts_per_tok == 1:
             raise ValueError(
                 "num_experts_per_tok=1 leaves the router without a gradient, its one probability being "

@@ -8,6 +8,7 @@ from pathlib import Path
 import ray
 
 from mxdist.config import Config
+from mxdist.config.hf_config import model_directory
 from mxdist.control.collect import RewardPool
 from mxdist.control.groups import LearnerGroup, RolloutPool
 from mxdist.control.nodes import require_same_nodes
@@ -19,6 +20,7 @@ from mxdist.control.waits import wait_for
 from mxdist.control.workers import reward_workers, rollout_workers
 from mxdist.errors import ProcessFailure
 from mxdist.messages import EngineReport, LearnerReport
+from mxdist.model.checkpoint_contents import open_checkpoint
 from mxdist.model.linear_names import linear_names
 from mxdist.model.recipes import ModelRecipes, model_recipes
 from mxdist.model.shape import ModelShape
@@ -59,6 +61,8 @@ def running(config: Config, task: Task, run_path: Path, console: Console) -> Ite
         tokenizer.stop_token_ids,
         tokenizer.pad_token_id,
     )
+    if config.model.path is not None:
+        open_checkpoint(model_directory(config.model.path), shape)  # its faults, before any process is started
     supervisor = Supervisor(config, Roster(run_path), console.note)
     console.phase("starting Ray")
     try:

@@ -116,5 +116,10 @@ def test_a_layout_that_does_not_fit_is_refused(tmp_path: Path, settings: tuple[s
         load(tmp_path, QWEN25, *settings)
 
 
+def test_qwen2_heads_of_another_size_than_the_engine_builds_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"num_attention_heads \* head_dim = .* and hidden_size=128; make them equal"):
+        load(tmp_path, {**QWEN25, "head_dim": 64})
+
+
 def test_tensor_parallel_fits_where_the_blocks_stay_whole(tmp_path: Path) -> None:
     assert load(tmp_path, QWEN25, "learner.tensor_parallel=2", "recipe=mxfp4").data_parallel == 1

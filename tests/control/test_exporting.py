@@ -44,10 +44,19 @@ def save_run(run: Path, config: Config, learners: Learners) -> Path:
     return run
 
 
-@pytest.mark.parametrize(("model", "layout"), [(DENSE, {}), (MOE, {"expert_parallel": 2})], ids=["dense", "EP2"])
-def test_import_then_export_is_bit_equal(
-    ranks: RankProcesses, tmp_path: Path, model: ModelConfig, layout: dict[str, int]
-) -> None:
+TIED = DENSE.model_copy(update={"family": "qwen2", "tie_word_embeddings": True})
+LAYOUTS: dict[str, tuple[ModelConfig, dict[str, int]]] = {
+    "dense": (DENSE, {}),
+    "tied TP2": (TIED, {"tensor_parallel": 2}),
+    "tied PP2": (TIED, {"pipeline_parallel": 2}),
+    "experts EP2": (MOE, {"expert_parallel": 2}),
+    "experts PP2": (MOE, {"pipeline_parallel": 2}),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_import_then_export_is_bit_equal(ranks: RankProcesses, tmp_path: Path, case: str) -> None:
+    model, layout = LAYOUTS[case]
     source = save_checkpoint(tmp_path / "source", shape_of(model), torch.bfloat16)
     config = Config(model=config_of(source), learner={"expert_parallel": 1, "ranks": 1})
     with ranks.learners(config.model, "bf16", ranks=2 if layout else 1, **layout) as learners:

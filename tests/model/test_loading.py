@@ -28,19 +28,53 @@ def values_of(payloads: list[WeightPayload]) -> dict[str, torch.Tensor]:
     return dict(found)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("model", "count"), [(DENSE, 1), (MOE, 1), (MOE, 2)], ids=["dense", "experts", "experts EP2"])
+QWEN2 = DENSE.model_copy(update={"family": "qwen2"})
+TIED = DENSE.model_copy(update={"family": "qwen2", "tie_word_embeddings": True})
+CASES: dict[str, tuple[ModelConfig, dict[str, int]]] = {
+    "dense": (DENSE, {}),
+    "dense PP2": (DENSE, {"pipeline_parallel": 2}),
+    "tied": (TIED, {}),
+    "tied TP2": (TIED, {"tensor_parallel": 2}),
+    "tied PP2": (TIED, {"pipeline_parallel": 2}),
+    "biases TP2": (QWEN2, {"tensor_parallel": 2}),
+    "experts": (MOE, {"expert_parallel": 1}),
+    "experts EP2": (MOE, {"expert_parallel": 2}),
+    "experts TP2 EP2": (MOE, {"tensor_parallel": 2, "expert_parallel": 2}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_every_tensor_of_a_bfloat16_checkpoint_is_in_the_learner(
-    ranks: RankProcesses, tmp_path: Path, model: ModelConfig, count: int, dtype: str
+    ranks: RankProcesses, tmp_path: Path, case: str
 ) -> None:
+    model, layout = CASES[case]
     folder = save_checkpoint(tmp_path, shape_of(model), torch.bfloat16)
-    with ranks.learners(config_of(folder, dtype=dtype), "bf16", count) as learners:
+    dtype = "float32" if case == "dense" else "bfloat16"
+    with ranks.learners(
+        config_of(folder, dtype=dtype), "bf16", 2 if any(n > 1 for n in layout.values()) else 1, **layout
+    ) as learners:
         loaded = values_of(learners.call("export", 0))
     saved = tensors_of(folder)
     assert loaded.keys() == saved.keys()
     for name, tensor in saved.items():
         assert loaded[name].dtype == getattr(torch, dtype)
         assert torch.equal(loaded[name].bfloat16(), tensor), name
+
+
+def test_a_tied_checkpoint_may_repeat_its_embedding_but_not_differ_from_it(
+    ranks: RankProcesses, tmp_path: Path
+) -> None:
+    folder = save_checkpoint(tmp_path, shape_of(TIED))
+    embedding = tensors_of(folder)["model.embed_tokens.weight"]
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": embedding.clone()}))
+    with ranks.learners(config_of(folder), "bf16") as learners:
+        assert "lm_head.weight" not in values_of(learners.call("export", 0))
+    rewrite(folder, lambda tensors: tensors["lm_head.weight"][7, 3].add_(1))
+    with (
+        pytest.raises(UserError, match=r"holds lm_head.weight and a different model.embed_tokens.weight"),
+        ranks.learners(config_of(folder), "bf16"),
+    ):
+        pass
 
 
 def test_float32_checkpoints_are_rounded_to_the_models_type(ranks: RankProcesses, tmp_path: Path) -> None:
