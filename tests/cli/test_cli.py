@@ -12,6 +12,7 @@ from mxdist import __version__
 from mxdist.cli import exit_code_of
 from mxdist.config import Config, dump_config
 from mxdist.errors import DeadlineExceeded, ParityError, UserError
+from tools.make_checkpoint import SHAPES, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,6 +103,20 @@ def test_settings_of_a_resumed_run_are_checked_too(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump_config(Config()))
     for command in ("resume", "eval"):
         assert "did you mean run.steps?" in one_sentence(mxdist(command, str(tmp_path), "run.stps=5"))
+
+
+def test_a_damaged_checkpoint_is_found_before_any_process_starts(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "model"
+    write_checkpoint(checkpoint, SHAPES["tiny"], seed=0, std=0.02, shard_bytes=1_000_000)
+    shard = sorted(checkpoint.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (tmp_path / "run.yaml").write_text("learner: {expert_parallel: 1}\n")
+    run = mxdist("train", str(tmp_path / "run.yaml"), f"model.path={checkpoint}", f"run.dir={tmp_path / 'run'}")
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1
+    assert f"{shard} is truncated" in run.stderr
+    assert "Ray" not in run.stdout
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mistake_is_found_within_two_seconds_and_without_ray_or_torch(file: str) -> None:
