@@ -72,15 +72,20 @@ def model_settings(path: str) -> dict[str, Any]:
         raise UserError(f"{file} is not valid JSON ({error}); fetch it again") from None
     if not isinstance(found, dict):
         raise UserError(f"{file} holds no JSON object; fetch it again")
-    _refuse_unsupported(found, file)
     try:
+        _refuse_unsupported(found, file)
         return _settings(found)
     except KeyError as error:
         raise UserError(f"{file} has no {error.args[0]}; it is not complete, fetch it again") from None
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        # text for a number, a list for an object
+        raise UserError(f"{file} holds a value of a kind that it cannot be ({error}); fetch it again") from None
 
 
 def _refuse_unsupported(found: Mapping[str, Any], file: Path) -> None:
     architectures = found.get("architectures") or ["none named"]
+    if not isinstance(architectures, list):
+        raise TypeError(f"architectures is {architectures!r} and no list")
     if "auto_map" in found:
         raise UserError(f"{file} asks for code of the checkpoint's own (auto_map), which is never run; remove it there")
     if architectures[0] not in SUPPORTED:

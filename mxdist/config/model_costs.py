@@ -1,6 +1,9 @@
-"""What a model of a shape costs, from the shape alone: parameters held, floating-point operations of a token."""
+"""What a model of a shape costs, from the shape alone: parameters held, floating-point operations, weights in Ray."""
 
 from mxdist.config.schema import ModelConfig
+
+LEAST_OBJECT_STORE = 512 << 20
+VERSIONS_IN_STORE = 3  # of the weights: one on its way, one that the engines have, one that goes
 
 
 def parameters(model: ModelConfig, vocab_size: int) -> int:
@@ -9,6 +12,12 @@ def parameters(model: ModelConfig, vocab_size: int) -> int:
     experts = model.num_experts or 1
     layer = _attention(model) + experts * _feed_forward(model) + _router(model) + 2 * model.hidden_size
     return embeddings + model.num_hidden_layers * layer + model.hidden_size
+
+
+def object_store_bytes(model: ModelConfig) -> int:
+    """Of the Ray that a run starts: for weights in full precision; what does not fit would go through the disk."""
+    weights = parameters(model, model.vocab_size or 0) * (4 if model.dtype == "float32" else 2)
+    return max(LEAST_OBJECT_STORE, VERSIONS_IN_STORE * weights)
 
 
 def forward_flops(model: ModelConfig, vocab_size: int, length: int) -> int:

@@ -406,12 +406,6 @@ class Config(Section):
         recipes = [self.recipe, *(override.recipe for override in self.recipe_overrides)]
         quantum = max(MACRO_BLOCK if "_mbs" in name else 1 if name == "bf16" else BLOCK for name in recipes)
         check_layout(self.model, self.learner, quantum)
-        per_update = self.algorithm.prompts_per_step * self.algorithm.samples_per_prompt // self.algorithm.minibatches
-        if per_update % self.data_parallel:
-            raise ValueError(
-                f"the {per_update} sequences of one update cannot be shared by the {self.data_parallel} data-parallel "
-                f"ranks of learner; change algorithm.prompts_per_step or algorithm.samples_per_prompt"
-            )
         edges = self.bf16_layers.first + self.bf16_layers.last
         if edges > self.model.num_hidden_layers:
             raise ValueError(

@@ -19,7 +19,7 @@ from typing import Any
 import ray
 
 from mxdist.config import Config
-from mxdist.config.model_costs import parameters
+from mxdist.config.model_costs import object_store_bytes
 from mxdist.control import network, stacks
 from mxdist.control.memory import explained
 from mxdist.control.placement import LearnerPlacement, Where
@@ -41,8 +41,6 @@ WORKER_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
 }
 REWARD_WORKER_CPUS = 0.25
-OBJECT_STORE_BYTES = 512 << 20  # at least
-VERSIONS_IN_STORE = 3  # of the weights: one on its way, one that the engines have, one that goes
 CONNECT_SECONDS = 5.0
 LOOPBACK = "127.0.0.1"
 
@@ -139,13 +137,6 @@ def gpus_wanted(config: Config) -> float:
     return learner.ranks * learner.gpus_per_rank + rollout.workers * rollout.gpus_per_worker
 
 
-def object_store_bytes(config: Config) -> int:
-    """For weights in full precision; what does not fit would go through the disk."""
-    width = 4 if config.model.dtype == "float32" else 2
-    weights = parameters(config.model, config.model.vocab_size or 0) * width
-    return max(OBJECT_STORE_BYTES, VERSIONS_IN_STORE * weights)
-
-
 def start_ray(config: Config) -> None:
     """Start Ray on this machine, or join the cluster of ``cluster.address``, and check that the run fits.
 
@@ -175,7 +166,7 @@ def start_ray(config: Config) -> None:
             _node_ip_address=LOOPBACK,
             num_cpus=logical,
             include_dashboard=False,
-            object_store_memory=object_store_bytes(config),
+            object_store_memory=object_store_bytes(config.model),
             **common,
         )
     else:

@@ -18,10 +18,11 @@ def check_checkpoint(config: Config) -> Finding | None:
     path = config.model.path
     if path is None or config.model.vocab_size is None:
         return None
-    if not Path(path).is_dir():
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
         return ok("model.path", f"{path}, fetched from the Hugging Face hub when the run starts")
     try:
-        files = open_checkpoint(Path(path), ModelShape(config.model, config.model.vocab_size, 0, (0,), 0))
+        files = open_checkpoint(directory, ModelShape(config.model, config.model.vocab_size, 0, (0,), 0))
     except UserError as error:
         return _failure("model.path", error)
     return ok("model.path", f"{len(files.tensors)} tensors as config.json says")

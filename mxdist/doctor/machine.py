@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mxdist.config.model_costs import parameters
+from mxdist.config.model_costs import LEAST_OBJECT_STORE, object_store_bytes
 from mxdist.config.schema import Config
 from mxdist.doctor.findings import Finding, failure, ok, warning
 from mxdist.doctor.memory import element_bytes, sync_bytes
@@ -11,8 +11,6 @@ from mxdist.doctor.model_size import engine
 MIB, GIB = 2**20, 2**30
 NCCL_SHARED = 64 * MIB  # what containers give unless told otherwise, and too little for NCCL
 OPEN_FILES, FEWEST_OPEN_FILES = 65_536, 1024
-RAY_STORE = 512 * MIB  # of the Ray that a run starts for itself, at least
-VERSIONS_IN_STORE = 3  # of the weights, in full precision
 SYNC_COPIES = 2  # of the weights on their way: the ranks' own, and Ray's
 
 
@@ -28,19 +26,13 @@ def existing_parent(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def object_store_bytes(config: Config) -> int:
-    """As ``control.processes`` sizes it, which needs Ray."""
-    weights = parameters(config.model, config.model.vocab_size or 0) * element_bytes(config)
-    return max(RAY_STORE, VERSIONS_IN_STORE * weights)
-
-
 def check_shared_memory(free: int, config: Config | None, on_gpu: bool) -> Finding:
     """/dev/shm holds Ray's object store, hence every weight sync, and NCCL's buffers between GPUs of a machine."""
     shown = f"{free / GIB:.1f} GiB free in /dev/shm"
     if on_gpu and free <= NCCL_SHARED:
         return failure("shared memory", f"{shown}; NCCL needs more", "start the container with --shm-size=16g or more")
     joins = config is not None and config.cluster.address is not None
-    store = 0 if joins else object_store_bytes(config) if config else RAY_STORE
+    store = 0 if joins else object_store_bytes(config.model) if config else LEAST_OBJECT_STORE
     if free < store:
         return warning(
             "shared memory",

@@ -82,7 +82,7 @@ class RunDirectory:
 
     def discard(self) -> None:
         """Remove the directory and all that this process has written into it."""
-        shutil.rmtree(self.path)
+        shutil.rmtree(self.path, ignore_errors=True)
         self.release()
 
     def release(self) -> None:

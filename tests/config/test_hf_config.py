@@ -76,6 +76,9 @@ def test_a_key_that_contradicts_the_checkpoint_is_refused(tmp_path: Path) -> Non
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"quantization_config": {}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
+        ({"architectures": "Qwen2ForCausalLM"}, "holds a value of a kind that it cannot be .architectures is"),
+        ({"rope_scaling": "yarn"}, r"config\.json holds a value of a kind that it cannot be"),
+        ({"num_attention_heads": 0}, r"config\.json holds a value of a kind that it cannot be"),
     ],
 )
 def test_what_cannot_be_built_is_refused_by_name(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
@@ -123,3 +126,8 @@ def test_qwen2_heads_of_another_size_than_the_engine_builds_are_refused(tmp_path
 
 def test_tensor_parallel_fits_where_the_blocks_stay_whole(tmp_path: Path) -> None:
     assert load(tmp_path, QWEN25, "learner.tensor_parallel=2", "recipe=mxfp4").data_parallel == 1
+
+
+def test_an_update_may_have_fewer_sequences_than_ranks(tmp_path: Path) -> None:
+    uneven = ("learner.ranks=3", "algorithm.prompts_per_step=1", "algorithm.samples_per_prompt=2")
+    assert load(tmp_path, QWEN25, *uneven).data_parallel == 3

@@ -1,6 +1,6 @@
 """Parameters and operations against published models."""
 
-from mxdist.config.model_costs import forward_flops, parameters
+from mxdist.config.model_costs import forward_flops, object_store_bytes, parameters
 from mxdist.config.schema import ModelConfig
 
 QWEN25_1_5B = ModelConfig(
@@ -28,3 +28,10 @@ def test_a_token_costs_two_operations_a_weight_it_meets_and_attention_grows_with
 def test_only_the_chosen_experts_count() -> None:
     a_token = forward_flops(QWEN3_30B_A3B, VOCABULARY, 1)
     assert 2 * 2.9e9 < a_token < 2 * 3.3e9  # "A3B"; without the embedding, which is looked up
+
+
+def test_the_object_store_holds_three_versions_of_large_weights() -> None:
+    assert object_store_bytes(ModelConfig()) == 512 << 20
+    large = QWEN25_1_5B.model_copy(update={"vocab_size": VOCABULARY})
+    assert object_store_bytes(large) == 3 * 4 * parameters(QWEN25_1_5B, VOCABULARY)
+    assert object_store_bytes(large.model_copy(update={"dtype": "bfloat16"})) == object_store_bytes(large) // 2

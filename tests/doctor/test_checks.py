@@ -12,7 +12,6 @@ import yaml
 
 from mxdist.config import Config
 from mxdist.config.schema import ClusterConfig, Gsm8kData, LearnerConfig, RolloutConfig, RunConfig
-from mxdist.control import processes
 from mxdist.doctor import devices, inputs, machine, versions
 from mxdist.doctor.collective import check_all_reduce
 from mxdist.doctor.command import doctor
@@ -266,11 +265,6 @@ def test_the_exit_code_of_the_command_says_whether_it_would_start(tmp_path: Path
         command = [sys.executable, "-m", "mxdist", "doctor", str(file), "--gpu", "H200"]
         codes.append(subprocess.run(command, capture_output=True, check=False).returncode)
     assert codes == [0, 1]
-
-
-def test_the_object_store_is_as_large_as_a_run_makes_it(tmp_path: Path) -> None:
-    for config in (Config(), load(DENSE, tmp_path)):
-        assert machine.object_store_bytes(config) == processes.object_store_bytes(config)
 
 
 def test_a_named_gpu_without_a_configuration_is_refused() -> None:

@@ -1,6 +1,7 @@
 """``mxdist eval`` of a Hugging Face checkpoint that nothing has trained: its tokenizer, its chat, pass@k and maj@k."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,19 @@ def test_every_answer_is_in_the_run_directory(outcome: Outcome, run_dir: Path) -
         assert all(len(line[key]) == 3 for line in lines for key in ("answers", "extracted", "right", "tokens"))
         assert all(line["prompt"].count("<|im_start|>user") == 2 for line in lines)
     assert (run_dir / "tokenizer" / "generation_config.json").is_file()
+
+
+def test_a_damaged_shard_is_named_before_anything_starts_and_nothing_is_left(
+    outcome: Outcome, checkpoint: Path, tmp_path: Path
+) -> None:
+    assert outcome.code == 0
+    copy = shutil.copytree(checkpoint, tmp_path / "model")
+    shard = sorted(copy.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-10])
+    settings = (f"model.path={copy}", f"run.dir={tmp_path / 'run'}")
+    refused = mxdist("eval", checkpoint.with_name("task.yaml"), *settings, cwd=tmp_path)
+    assert refused.code == 2
+    assert refused.err.startswith(f"mxdist: {shard} is truncated")
+    assert len(refused.err.splitlines()) == 1
+    assert "starting learner" not in refused.out
+    assert not (tmp_path / "run").exists()
