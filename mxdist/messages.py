@@ -106,7 +106,6 @@ class EngineReport:
 
     quantised_modules: tuple[str, ...]  # Hugging Face names of the quantised linears, sorted
     noise_modules: tuple[str, ...]  # norms that adaptive quantisation noise will touch
-    weight_version: int
     resident_mib: float
 
 

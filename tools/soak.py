@@ -39,8 +39,8 @@ SETTINGS = [
     f"rollout.max_lag={MAX_LAG}",
     "rollout.workers=2",
     "data.eval_problems=16",
-    "deadlines.rollout=60",
-    "deadlines.update=60",
+    *(f"deadlines.{wait}=60" for wait in ("rollout", "reward", "update", "sync", "checkpoint", "evaluate")),
+    "deadlines.start=150",
 ]
 FAULTS = {
     "rollout worker killed": ("rollout_worker_*", signal.SIGKILL),

@@ -52,7 +52,7 @@ class Worker:
         """Start a new process and make the calls again. Returns those that had finished, under way once more."""
         dismiss(self._process)
         self._process = self._start()
-        again = [call for call in self._calls if call.finished or not succeeded(call.pending)]
+        again = [call for call in self._calls if call.lasting or not succeeded(call.pending)]
         for call in again:
             call.pending = call.send(self._process)
         return [call for call in again if call.finished]

@@ -118,7 +118,10 @@ def _agree_on_modules(
         for line, full in _by_recipe(theirs, recipes):
             console.note(f"rollout worker {index}: {line}", full=full)
         compare_modules(ours, theirs, quantises=bool(expected))
-    memory = [f"learner rank {report.rank} {report.resident_mib:.0f} MiB" for report in learners]
+    memory = [
+        f"learner rank {report.rank} {report.resident_mib:.0f} MiB ({report.parameters:,} parameters)"
+        for report in learners
+    ]
     memory += [f"rollout worker {index} {report.resident_mib:.0f} MiB" for index, report in enumerate(engines)]
     console.note(f"resident memory: {', '.join(memory)}")
     console.note(f"noise goes to {len(engines[0].noise_modules)} norms: {compact_names(engines[0].noise_modules)}")

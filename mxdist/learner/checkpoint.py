@@ -85,8 +85,11 @@ class Saver:
         try:
             self._writers.maybe_finalize_async_calls(blocking=wait)
         except CheckpointException as error:
-            reasons = [str(failure[0]) for failure in error.failures.values()] or ["another rank could not write"]
-            raise CheckpointFailed(f"the learner's checkpoint could not be written: {reasons[0]}") from None
+            # Megatron raises on all ranks, and tells rank 0 alone why.
+            own = next((str(failure[0]) for failure in error.failures.values()), "")
+            reasons: list[str] = [""] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(reasons, own)
+            raise CheckpointFailed(f"the learner's checkpoint could not be written: {max(reasons)}") from None
         return not self._writers.get_num_unfinalized_calls()
 
 

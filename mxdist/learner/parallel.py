@@ -4,6 +4,7 @@ Ranks of one tensor-parallel group are neighbours; the stages of a pipeline lie 
 """
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -37,7 +38,7 @@ def start(rank: int, world_size: int, rendezvous: str, learner: LearnerConfig, r
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     torch.distributed.init_process_group(
         "nccl" if on_gpu else "gloo",
-        init_method=rendezvous,
+        store=_store(rendezvous, rank, world_size, timedelta(seconds=timeout)),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout),
@@ -57,6 +58,16 @@ def start(rank: int, world_size: int, rendezvous: str, learner: LearnerConfig, r
         expert_data_rank=parallel_state.get_expert_data_parallel_rank(),
         reports=is_first and parallel_state.is_pipeline_last_stage(),
     )
+
+
+def _store(rendezvous: str, rank: int, world_size: int, timeout: timedelta) -> torch.distributed.TCPStore:
+    """Where the ranks find each other. Rank 0 listens on the address of the rendezvous alone; torch would on all."""
+    host, _, port = rendezvous.removeprefix("tcp://").rpartition(":")
+    listener = None
+    if rank == 0:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, int(port)), family=family).detach()
+    return torch.distributed.TCPStore(host, int(port), world_size, rank == 0, timeout, master_listen_fd=listener)
 
 
 def stop() -> None:

@@ -85,7 +85,6 @@ class RolloutWorker:
         return EngineReport(
             quantised_modules=tuple(sorted(slot.module for slot in self._slots.values() if slot.kind == "mx")),
             noise_modules=self._injector.names,
-            weight_version=self._version,
             resident_mib=psutil.Process().memory_info().rss / 2**20,
         )
 

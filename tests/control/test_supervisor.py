@@ -68,6 +68,17 @@ def test_a_worker_killed_at_work_is_replaced_given_its_weights_and_asked_again(p
     assert "restart 1 of at most 3" in pool.notes[0]
 
 
+def test_a_worker_that_dies_before_anyone_has_asked_for_its_first_result_is_made_anew(tmp_path: Path) -> None:
+    pool = Pool(tmp_path)
+    worker = Worker(partial(pool.roster.start, "rollout worker 1", 0.1, 0))
+    made = worker.construct("tests.control.sleeper:Stateful", ["here"])
+    wait_for([made.pending], 60, "start")
+    dying = worker.call(lambda p: p.call("rollout", "answer", "a", str(tmp_path / "died")))
+    assert pool.results([dying]) == ["here none a"]
+    for process in pool.roster.named(""):
+        pool.roster.dismiss(process)
+
+
 def test_weights_stay_with_the_answers_that_were_asked_for_under_them(pool: Pool) -> None:
     pool.results([pool.load("v1")])
     first, newer, second = pool.ask("a"), pool.load("v2"), pool.ask("b")

@@ -56,7 +56,7 @@ def test_metrics_have_the_names_people_compare_by(trained: Outcome, run_dir: Pat
     expected = {
         "actor/entropy", "actor/grad_norm", "actor/pg_clipfrac", "actor/ppo_kl", "critic/rewards/mean",
         "response_length/mean", "timing_s/step", "timing_s/rollout", "perf/throughput", "rollout_corr/kl",
-        "aqn/sigma", "sync/bytes", "sync/seconds", "parity/mismatched_codes", "off_policy/staleness/max",
+        "aqn/sigma", "sync/bytes", "sync/seconds", "parity/checked_tensors", "off_policy/staleness/max",
     }  # fmt: skip
     assert expected <= set(metrics[1])
     assert metrics[2]["eval/accuracy"] >= 0
@@ -68,7 +68,7 @@ def test_learner_and_engine_agree_to_rounding_when_synchronous(trained: Outcome,
     assert step["off_policy/staleness/max"] == 0
     assert step["aqn/sigma"] == 0
     assert step["rollout_corr/logprob_abs_diff"] < 1e-5
-    assert step["parity/mismatched_codes"] == 0
+    assert step["parity/checked_tensors"] == 69
 
 
 def test_noise_reaches_norms_once_the_silent_stage_is_over(trained: Outcome, run_dir: Path) -> None:

@@ -93,7 +93,7 @@ def test_every_algorithm_learns_from_rewards_that_differ(up: Up, tmp_path: Path,
         assert np.isfinite(metrics["actor/grad_norm"])
         assert metrics["actor/grad_norm"] > 0
         assert metrics["off_policy/staleness/max"] == 0
-        assert metrics["parity/mismatched_codes"] == 0
+        assert metrics["parity/checked_tensors"] > 0
 
 
 def test_dapo_samples_extra_batches_up_to_its_cap(up: Up, tmp_path: Path) -> None:
