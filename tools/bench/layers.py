@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mxdist.quant.kernels.grouped import expert_linear, prepare_experts
 from mxdist.quant.kernels.linear import HopperWeight, mx_linear, prepare_weight
 from mxdist.quant.kernels.plan import plan
 from mxdist.quant.recipe import Macro, Operand, Recipe, get_recipe
 from mxdist.quant.reference import fake_quantise
-from tools.bench.shapes import EXPERT_COUNT, EXPERT_ROWS, EXPERTS, LINEARS, TOKENS
+from tools.bench import experts
+from tools.bench.shapes import LINEARS, TOKENS
 from tools.bench.timing import Ceilings, Row, is_rounding_only, milliseconds
 
 _CHECKED = 128
@@ -96,28 +96,8 @@ def _row(ceilings: Ceilings, label: str, elapsed: float, work: float, bf16: floa
 
 
 def _experts(ceilings: Ceilings) -> Iterator[Row]:
-    sizes = [EXPERT_ROWS // EXPERT_COUNT] * EXPERT_COUNT
-    ends = torch.tensor(sizes, device="cuda").cumsum(0).to(torch.int32)
-    for model, linears in EXPERTS.items():
-        times: dict[str, float] = {"bf16": 0.0}
-        work = 0.0
-        for _, outputs, inputs in linears:
-            x = torch.randn(EXPERT_ROWS, inputs, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-            w = torch.randn(EXPERT_COUNT, outputs, inputs, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-            dy = torch.randn(EXPERT_ROWS, outputs, device="cuda", dtype=torch.bfloat16)
-            work += 6e-9 * EXPERT_ROWS * outputs * inputs
-
-            def bf16(x: Tensor = x, w: Tensor = w, dy: Tensor = dy) -> object:
-                return torch.autograd.grad(torch._grouped_mm(x, w.transpose(1, 2), offs=ends), (x, w), dy)
-
-            times["bf16"] += milliseconds(bf16)
-            for recipe in RECIPES[:2]:
-
-                def quantised(x: Tensor = x, w: Tensor = w, dy: Tensor = dy, recipe: Recipe = recipe) -> object:
-                    prepared = prepare_experts(w, recipe, "propagate")
-                    y = expert_linear(x, w, prepared, sizes, recipe, seed=1, nonfinite="propagate")
-                    return torch.autograd.grad(y, (x, w), dy)
-
-                times[recipe.name] = times.get(recipe.name, 0.0) + milliseconds(quantised)
-        for name, elapsed in times.items():
-            yield _row(ceilings, f"{model} forward and backward, {name}", elapsed, work, times["bf16"], None)
+    bf16 = 0.0
+    for model, name, elapsed, work, correct in experts.cases(RECIPES):
+        bf16 = elapsed if name == "bf16" else bf16
+        label = f"{model} with their permutation, forward and backward, {name}"
+        yield _row(ceilings, label, elapsed, work, bf16, None if name == "bf16" else correct)

@@ -2,14 +2,21 @@
 
     options       which operands the kernels can do, as compile-time constants; no Triton import
     forms         E4M3 bytes with float32 scales: the three layouts that FP8 GEMMs read
-    device        building blocks of the kernels: scales, rounding, random bits, Hadamard
+    device        building blocks of the kernels: scales, rounding, random bits
+    piece, runs   what the tile quantisers do with a piece of a matrix, along its rows and along its columns
     quant_rows    one scale per row
-    quant_tiles   one scale per 1 x 128 tile, along rows or along columns
+    quant_tiles   one scale per 1 x 128 tile, along rows, along columns, or both
+    quant_both    both from one read of device memory
     quant_weight  weights: one rounding, W and W^T
     dequantise    E4M3 back to bfloat16
     plan          which GEMM for which product, and why; no Triton import
     gemm          dense FP8 GEMMs
-    grouped       linears of experts
+    grouped       linears of experts, one at a time
+    segments      where the rows of experts lie, every expert's in whole tiles
+    quant_experts the quantisers of experts, fused with the permutation of tokens and with SwiGLU
+    swiglu        SwiGLU's backward pass
+    permute       rows of tokens to rows of experts as bytes, and sums back
+    experts       a MoE layer's experts: tokens in, tokens out
     linear        mx_linear on these kernels
 
 Every kernel writes the values of `reference.quantise` bit for bit. Import from the submodules; those with kernels

@@ -13,6 +13,8 @@ import triton.language as tl
 EXPONENT_MASK = tl.constexpr(0x7F800000)
 MAGIC = tl.constexpr(1.5 * 2.0**22)
 SPAN = tl.constexpr(14)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""True in Triton's interpreter, which walks through a reduction's own function element by element, hence slowly."""
 TOP = tl.constexpr(6)
 """The E4M3 unit lies this many binades below the group's largest code: 6 * 2^6 = 384 <= 448."""
 
@@ -36,9 +38,17 @@ def _larger_or_nan(a, b):
 
 
 @triton.jit
+def largest_or_nan(magnitudes, AXIS: tl.constexpr):
+    """The largest of magnitudes >= 0 along an axis, not finite when one of them is not."""
+    if INTERPRETED:
+        return tl.max(tl.where(magnitudes == magnitudes, magnitudes, float("inf")), AXIS)
+    return tl.reduce(magnitudes, AXIS, _larger_or_nan)
+
+
+@triton.jit
 def block_maxima(blocks):
     """Largest magnitude of blocks [ROWS, TILES, 4, 32] and whether one is NaN or Inf; the maximum is then 0."""
-    absmax = tl.reduce(tl.abs(blocks), 3, _larger_or_nan)
+    absmax = largest_or_nan(tl.abs(blocks), 3)
     good = absmax < float("inf")
     return tl.where(good, absmax, 0.0), good == 0
 
@@ -73,10 +83,12 @@ def round_nearest(y, scale, SATURATE: tl.constexpr):
 def round_random(y, scale, noise):
     """Round to one of the two neighbours in E2M1 times `scale` (rounding.round_stochastic); noise in (0, 1)."""
     power = (y.to(tl.int32, bitcast=True) & EXPONENT_MASK).to(tl.float32, bitcast=True)
-    step = tl.maximum(power, scale) * 0.5
-    per_step = (0x7F000000 - step.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)  # 1 / step
-    rounded = tl.floor(tl.abs(y) * per_step + noise) * step
-    return tl.where(y < 0, tl.where(rounded == 0.0, 0.0, -rounded), rounded)
+    power = tl.maximum(power, scale)
+    per_step = (0x7F800000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)  # 2 / power
+    steps = tl.floor(tl.abs(y) * per_step + noise)
+    sign = y.to(tl.int32, bitcast=True) & -0x80000000
+    step = ((power * 0.5).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return steps * step + 0.0  # -0 + 0 is +0
 
 
 @triton.jit
@@ -87,15 +99,16 @@ def uniform(seed, stream, purpose, row, call, first_call, calls_per_row, ROWS: t
     low = (counter & 0xFFFFFFFF).to(tl.uint32)
     high = (counter >> 32).to(tl.uint32)
     a, b, c, d = tl.philox(seed, low, high, (high * 0 + stream).to(tl.uint32), (high * 0 + purpose).to(tl.uint32))
-    even = tl.join(tl.join(a & 0xFFFF, c & 0xFFFF), tl.join(b & 0xFFFF, d & 0xFFFF))
-    odd = tl.join(tl.join(a >> 16, c >> 16), tl.join(b >> 16, d >> 16))
-    halves = tl.reshape(tl.join(even, odd), [ROWS, 8 * CALLS])  # element 8 call + 4 i + 2 j + k
-    return (halves.to(tl.int32).to(tl.float32) + 0.5) * 1.52587890625e-05
+    # 16 bits r become the float 1 + (r + 1/2) / 2^16 by their place in its mantissa: converting integers is slow.
+    even = tl.join(tl.join(a << 7, c << 7), tl.join(b << 7, d << 7))
+    odd = tl.join(tl.join(a >> 9, c >> 9), tl.join(b >> 9, d >> 9))
+    bits = tl.reshape(tl.join(even, odd), [ROWS, 8 * CALLS])  # element 8 call + 4 i + 2 j + k
+    return ((bits & 0x7FFF80) | 0x3F800040).to(tl.float32, bitcast=True) - 1.0
 
 
 @triton.jit
 def load_patches(pointer, stride, row, column, rows, columns, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Load the piece [ROWS, COLS] at (row, column) as float32 [ROWS / 8, COLS, 8], zero outside [rows, columns].
+    """Load the piece [ROWS, COLS] at (row, column) as [ROWS / 8, COLS, 8], zero outside [rows, columns].
 
     Eight loads, joined, so that a thread holds eight rows of its columns: both the row view and the transposed view
     then move several bytes at a time between threads. Transposing a plainly loaded piece moves single bytes and is
@@ -104,49 +117,18 @@ def load_patches(pointer, stride, row, column, rows, columns, ROWS: tl.constexpr
     r, c = row + 8 * tl.arange(0, ROWS // 8), column + tl.arange(0, COLS)
     first = pointer + r.to(tl.int64)[:, None] * stride + c[None, :]
     inside = (c < columns)[None, :]
-    x0 = tl.load(first, mask=(r < rows)[:, None] & inside, other=0.0).to(tl.float32)
-    x1 = tl.load(first + stride, mask=(r + 1 < rows)[:, None] & inside, other=0.0).to(tl.float32)
-    x2 = tl.load(first + 2 * stride, mask=(r + 2 < rows)[:, None] & inside, other=0.0).to(tl.float32)
-    x3 = tl.load(first + 3 * stride, mask=(r + 3 < rows)[:, None] & inside, other=0.0).to(tl.float32)
-    x4 = tl.load(first + 4 * stride, mask=(r + 4 < rows)[:, None] & inside, other=0.0).to(tl.float32)
-    x5 = tl.load(first + 5 * stride, mask=(r + 5 < rows)[:, None] & inside, other=0.0).to(tl.float32)
-    x6 = tl.load(first + 6 * stride, mask=(r + 6 < rows)[:, None] & inside, other=0.0).to(tl.float32)
-    x7 = tl.load(first + 7 * stride, mask=(r + 7 < rows)[:, None] & inside, other=0.0).to(tl.float32)
-    even = tl.join(tl.join(x0, x4), tl.join(x2, x6))
-    odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
+    xs = ()
+    for i in tl.static_range(8):
+        xs += (tl.load(first + i * stride, mask=(r + i < rows)[:, None] & inside, other=0.0),)
+    even = tl.join(tl.join(xs[0], xs[4]), tl.join(xs[2], xs[6]))
+    odd = tl.join(tl.join(xs[1], xs[5]), tl.join(xs[3], xs[7]))
     return tl.reshape(tl.join(even, odd), [ROWS // 8, COLS, 8])
 
 
 @triton.jit
 def row_view(patches, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Patches as [ROWS, COLS]."""
-    return tl.reshape(tl.permute(patches, [0, 2, 1]), [ROWS, COLS])
-
-
-@triton.jit
-def column_view(patches, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Patches transposed, as [COLS, ROWS]."""
-    return tl.reshape(tl.permute(patches, [1, 0, 2]), [COLS, ROWS])
-
-
-@triton.jit
-def _butterfly(x, HALF: tl.constexpr, GROUPS: tl.constexpr):
-    pairs = tl.permute(tl.reshape(x, [GROUPS, 2, HALF]), [0, 2, 1])
-    left, right = tl.split(pairs)
-    return tl.permute(tl.join(left + right, left - right), [0, 2, 1])
-
-
-@triton.jit
-def rotate(x, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """H x / 32 for every run of 32 along [ROWS, COLS], in the order of additions of hadamard.hadamard."""
-    x = x * 0.03125
-    n: tl.constexpr = ROWS * COLS
-    x = _butterfly(x, 1, n // 2)
-    x = _butterfly(x, 2, n // 4)
-    x = _butterfly(x, 4, n // 8)
-    x = _butterfly(x, 8, n // 16)
-    x = _butterfly(x, 16, n // 32)
-    return tl.reshape(x, [ROWS, COLS])
+    """Patches as float32 [ROWS, COLS]."""
+    return tl.reshape(tl.permute(patches, [0, 2, 1]), [ROWS, COLS]).to(tl.float32)
 
 
 @triton.jit

@@ -6,6 +6,8 @@ promotion the tensor cores' 14-bit accumulator truncates, a bias of -11 % on all
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +24,7 @@ def matmul(
 ) -> Tensor:  # fmt: skip
     """Return a b^T [a.rows, b.rows] of `dtype` (bfloat16 or float32) for matrices over the same contraction axis.
 
-    out  where to write, contiguous; only with form ROW.
+    out  where to write, contiguous, of `dtype`'s kind.
 
     Forms: ROW with ROW, or TILE with TILE or SQUARE in either order. b.rows is a multiple of 16; of a SQUARE operand
     the rows are a multiple of 128. ValueError for operands that do not go together.
@@ -42,8 +44,7 @@ def matmul(
         return torch._scaled_mm(
             a.data, b.data.t(), scale_a, b.scale.t(), out_dtype=dtype, use_fast_accum=False, out=out
         )  # fmt: skip
-    assert out is None, "blockwise GEMMs write to a new tensor"
-    return _blockwise(Fp8Matrix(a.data, scale_a, a.form, a.k), b, dtype)
+    return _blockwise(Fp8Matrix(a.data, scale_a, a.form, a.k), b, dtype, out)
 
 
 def accumulate(total: Tensor, a: Fp8Matrix, b: Fp8Matrix) -> None:
@@ -51,14 +52,18 @@ def accumulate(total: Tensor, a: Fp8Matrix, b: Fp8Matrix) -> None:
     total.add_(matmul(a, b, torch.float32))
 
 
-def _blockwise(a: Fp8Matrix, b: Fp8Matrix, dtype: torch.dtype) -> Tensor:
+def _blockwise(a: Fp8Matrix, b: Fp8Matrix, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     rows = a.rows
     if a.form is Form.TILE and rows % 4:  # cuBLASLt wants the scales' leading dimension in 16 bytes
         a = _with_rows(a, rows + -rows % 4)
-    out = F.scaled_mm(
-        a.data, b.data.t(), _block_scale(a), _block_recipe(a), _block_scale(b), _block_recipe(b), output_dtype=dtype
+    arguments: tuple[Any, ...] = (
+        a.data, b.data.t(), [_block_scale(a)], [_block_recipe(a).value], [], [_block_scale(b)],
+        [_block_recipe(b).value], [], None, dtype,
     )  # fmt: skip
-    return out[:rows]
+    if out is not None and a.rows == rows:
+        return torch.ops.aten._scaled_mm_v2.out(*arguments, out=out)
+    result = torch.ops.aten._scaled_mm_v2(*arguments)[:rows]
+    return result if out is None else out.copy_(result)
 
 
 def _with_rows(a: Fp8Matrix, rows: int) -> Fp8Matrix:

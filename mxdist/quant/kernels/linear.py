@@ -141,39 +141,57 @@ class _Site:
 
     def rows(self, tensor: Tensor, which: str, gemm: Gemm) -> Fp8Matrix:
         """Quantise [tokens, features] along features."""
-        operand, draw, name = getattr(self.recipe, which), self.draw(which), f"{self.name} {which}"
         if gemm is Gemm.ROW:
+            operand, draw, name = getattr(self.recipe, which), self.draw(which), f"{self.name} {which}"
             return quantise_rows(tensor, operand, draw=draw, name=name, nonfinite=self.nonfinite)
-        by_row, _ = quantise_tiles(tensor, operand, row_draw=draw, name=name, nonfinite=self.nonfinite)
+        by_row, _ = self._tiles(tensor, which, None)
         assert by_row is not None
         return by_row
 
     def columns(self, tensor: Tensor, which: str, form: Form) -> Fp8Matrix:
         """Quantise [tokens, features] along tokens; comes out [features, tokens]."""
-        operand, draw = getattr(self.recipe, which), self.draw(which)
-        _, by_column = quantise_tiles(
-            tensor, column=operand, column_form=form, column_draw=draw, name=f"{self.name} {which}",
-            nonfinite=self.nonfinite,
-        )  # fmt: skip
+        _, by_column = self._tiles(tensor, None, which, form)
         assert by_column is not None
         return by_column
+
+    def both(self, tensor: Tensor, row: str, column: str, gemm: Gemm, form: Form) -> tuple[Fp8Matrix, Fp8Matrix]:
+        """Quantise [tokens, features] along features and along tokens, from one read where that can be."""
+        if gemm is Gemm.ROW:
+            return self.rows(tensor, row, gemm), self.columns(tensor, column, form)
+        by_row, by_column = self._tiles(tensor, row, column, form)
+        assert by_row is not None
+        assert by_column is not None
+        return by_row, by_column
+
+    def _tiles(
+        self, tensor: Tensor, row: str | None, column: str | None, form: Form = Form.TILE
+    ) -> tuple[Fp8Matrix | None, Fp8Matrix | None]:
+        return quantise_tiles(
+            tensor,
+            getattr(self.recipe, row) if row else None,
+            getattr(self.recipe, column) if column else None,
+            column_form=form,
+            row_draw=self.draw(row) if row else None,
+            column_draw=self.draw(column) if column else None,
+            name=f"{self.name} {row or column}",
+            nonfinite=self.nonfinite,
+        )
 
 
 class _HopperLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, site: _Site) -> Tensor:
         rows = as_rows(x)
-        x8 = site.rows(rows, "x_fwd", site.plan.forward.gemm)
-        y = matmul(x8, site.weight.forward, x.dtype)
         ctx.site, ctx.x8, ctx.x_t = site, None, None
+        # One byte per element is kept for dW: along tokens where dW is FP8, as the forward's operand otherwise.
+        if ctx.needs_input_grad[1] and site.plan.wgrad.gemm is not Gemm.BF16:
+            form = Form.SQUARE if site.plan.wgrad.gemm is Gemm.BLOCK else Form.TILE
+            x8, ctx.x_t = site.both(rows, "x_fwd", "x_wgrad", site.plan.forward.gemm, form)
+        else:
+            x8 = site.rows(rows, "x_fwd", site.plan.forward.gemm)
+            ctx.x8 = x8 if ctx.needs_input_grad[1] else None
+        y = matmul(x8, site.weight.forward, x.dtype)
         ctx.weight_dtype, ctx.bias_dtype, ctx.shape = weight.dtype, None if bias is None else bias.dtype, x.shape
-        if ctx.needs_input_grad[1]:
-            # One byte per element is kept for dW: along tokens where dW is FP8, as the forward's operand otherwise.
-            if site.plan.wgrad.gemm is Gemm.BF16:
-                ctx.x8 = x8
-            else:
-                form = Form.SQUARE if site.plan.wgrad.gemm is Gemm.BLOCK else Form.TILE
-                ctx.x_t = site.columns(rows, "x_wgrad", form)
         if bias is not None:
             y += bias.to(y.dtype)
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -184,27 +202,31 @@ class _HopperLinear(torch.autograd.Function):
         dy = as_rows(grads[0])
         want_x, want_weight, want_bias, _ = ctx.needs_input_grad
         dx = dw = db = None
+        fp8 = [part.gemm not in (Gemm.BF16, Gemm.REFERENCE) for part in (site.plan.dgrad, site.plan.wgrad)]
+        dy_rows = dy_columns = None
+        if want_x and want_weight and all(fp8):
+            dy_rows, dy_columns = site.both(dy, "dy_dgrad", "dy_wgrad", site.plan.dgrad.gemm, Form.TILE)
         if want_x:
-            dx = _dgrad(site, dy).view(ctx.shape)
+            dx = _dgrad(site, dy, dy_rows).view(ctx.shape)
         if want_weight:
-            dw = _wgrad(site, dy, ctx).to(ctx.weight_dtype)
+            dw = _wgrad(site, dy, dy_columns, ctx).to(ctx.weight_dtype)
         if want_bias:
             db = dy.sum(0).to(ctx.bias_dtype)
         return dx, dw, db, None
 
 
-def _dgrad(site: _Site, dy: Tensor) -> Tensor:
+def _dgrad(site: _Site, dy: Tensor, dy_rows: Fp8Matrix | None) -> Tensor:
     gemm = site.plan.dgrad.gemm
     if gemm is Gemm.BF16:
         if site.recipe.dy_dgrad is not None:
             dy = dequantise(site.rows(dy, "dy_dgrad", Gemm.TILE), dy.dtype)
         return dy @ dequantise(site.weight.forward, dy.dtype)
     assert site.weight.transposed is not None
-    return matmul(site.rows(dy, "dy_dgrad", gemm), site.weight.transposed, dy.dtype)
+    return matmul(dy_rows or site.rows(dy, "dy_dgrad", gemm), site.weight.transposed, dy.dtype)
 
 
-def _wgrad(site: _Site, dy: Tensor, ctx: Any) -> Tensor:
+def _wgrad(site: _Site, dy: Tensor, dy_columns: Fp8Matrix | None, ctx: Any) -> Tensor:
     if site.plan.wgrad.gemm is not Gemm.BF16:
         dtype = torch.float32 if ctx.weight_dtype == torch.float32 else torch.bfloat16
-        return matmul(site.columns(dy, "dy_wgrad", Form.TILE), ctx.x_t, dtype)
+        return matmul(dy_columns or site.columns(dy, "dy_wgrad", Form.TILE), ctx.x_t, dtype)
     return dy.t() @ dequantise(ctx.x8, dy.dtype)

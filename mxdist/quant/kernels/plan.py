@@ -54,6 +54,22 @@ class Plan:
         return "\n".join(f"{name:12} {choice.gemm}: {choice.reason}" for name, choice in names.items())
 
 
+def backend(recipe: Recipe, outputs: int, inputs: int, device: torch.device) -> Plan:
+    """Return what `kernels.linear.mx_linear` runs for a weight [outputs, inputs] on `device`; `Plan.why` says why.
+
+    On a device without FP8 tensor cores, and where one of the three products needs it, all of them are the reference.
+    """
+    lacking = device_lacks(device)
+    if lacking is not None:
+        choice = Choice(Gemm.REFERENCE, lacking)
+        return Plan(choice, choice, choice)
+    chosen = plan(recipe, outputs, inputs)
+    for part in (chosen.forward, chosen.dgrad, chosen.wgrad):
+        if part.gemm is Gemm.REFERENCE:
+            return Plan(part, part, part)
+    return chosen
+
+
 def plan(recipe: Recipe, outputs: int, inputs: int) -> Plan:
     """Return the plan for a weight [outputs, inputs].
 

@@ -16,12 +16,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mxdist.quant.kernels import quant_rows, quant_tiles, quant_weight
+from mxdist.quant.kernels import quant_both, quant_experts, quant_rows, quant_tiles, quant_weight
 
 CEIL = 0x3FFFFF
 POINTERS = {
     "x_pointer": "*bf16", "w": "*bf16", "flag": "*i32", "reference": "*i32", "data": "*fp8e4nv", "data_t": "*fp8e4nv",
-    "scale": "*fp32", "scale_t": "*fp32",
+    "scale": "*fp32", "scale_t": "*fp32", "x": "*bf16", "map": "*fp32", "table": "*i32",
 }  # fmt: skip
 
 
@@ -35,12 +35,21 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     by_column = tiles | {"BY_COLUMN": True} | dict(zip(("ROWS", "COLS"), quant_tiles._COLUMNS_ONLY[:2], strict=True))
     yield "tiles by column", quant_tiles._kernel, by_column, quant_tiles._COLUMNS_ONLY[2]
     random = {"RANDOM": True, "HADAMARD": True}
-    yield "tiles by column, rotated", quant_tiles._kernel, by_column | random, quant_tiles._COLUMNS_ONLY[2]
+    yield "tiles by column, rotated", quant_tiles._kernel, by_column | random | {"COLS": 32}, 4
     squares = tiles | {"BY_COLUMN": True, "ONE_SCALE": True}
     squares |= dict(zip(("ROWS", "COLS"), quant_tiles._SQUARES[:2], strict=True))
     yield "squares by column", quant_tiles._kernel, squares, quant_tiles._SQUARES[2]
-    rows = plain | {"ROWS": 1, "COLS": 2048, "CHUNKS": 1, "RANDOM": False}
-    yield "rows", quant_rows._kernel, rows, 4
+    for k in (768, 2048, 11008, 22016):
+        width, chunks, height, warps = quant_rows.launch_shape(k)
+        rows = plain | {"ROWS": height, "COLS": width, "CHUNKS": chunks, "HELD": True, "RANDOM": False}
+        yield f"rows of {k}", quant_rows._kernel, rows, warps
+    both = {f"{key}_T": value for key, value in plain.items() if key != "CHECK"} | plain | {"SQUARES": True}
+    both |= {"MACRO_BITS": 0, "RANDOM": False, "RANDOM_T": False}
+    both |= dict(zip(("ROWS", "COLS"), quant_both.SHAPE[:2], strict=True))
+    yield "both", quant_both._kernel, both | {"MACRO_BITS_T": 0}, quant_both.SHAPE[2]
+    experts = both | {"BY_COLUMN": True, "HADAMARD_T": False}
+    for name, source in (("tokens", quant_experts.TOKENS), ("swiglu", quant_experts.SWIGLU)):
+        yield f"experts, {name}", quant_experts._kernel, experts | {"SOURCE": source}, quant_both.SHAPE[2]
     yield "weight", quant_weight._kernel, plain | {"SQUARE": False, "WHOLE": False}, 8
 
 
@@ -48,7 +57,7 @@ def compile_kernel(kernel: Any, constants: dict[str, object], warps: int, arch: 
     """Registers, spilt bytes, ptxas warnings and PTX of one kernel."""
     names = [name for name in kernel.arg_names if name not in constants]
     signature = {name: POINTERS.get(name, "i32") for name in names} | dict.fromkeys(constants, "constexpr")
-    multiples = {n for n in names if "stride" in n or n == "columns" or n in POINTERS}
+    multiples = {n for n in names if "stride" in n or n in ("columns", "width", "half") or n in POINTERS}
     aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in multiples}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})

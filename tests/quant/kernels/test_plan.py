@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mxdist.quant.kernels.forms import Form
-from mxdist.quant.kernels.plan import Gemm, device_lacks, plan
+from mxdist.quant.kernels.plan import Gemm, backend, device_lacks, plan
 from mxdist.quant.recipe import Macro, Operand, Recipe, get_recipe
 
 
@@ -42,3 +42,9 @@ def test_sizes_that_no_fp8_gemm_takes_go_to_the_reference() -> None:
 
 def test_a_cpu_is_named_as_lacking_fp8_tensor_cores() -> None:
     assert device_lacks(torch.device("cpu")) == "a cpu device has no FP8 tensor cores"
+
+
+def test_a_device_without_them_runs_the_reference_and_says_so() -> None:
+    chosen = backend(get_recipe("mxfp4"), 2048, 2048, torch.device("cpu"))
+    assert {part.gemm for part in (chosen.forward, chosen.dgrad, chosen.wgrad)} == {Gemm.REFERENCE}
+    assert "no FP8 tensor cores" in chosen.why()

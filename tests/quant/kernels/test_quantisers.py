@@ -60,9 +60,18 @@ def test_rows_and_squares_have_the_references_values(shape: tuple[int, int], ope
     assert_same(squares.dequantise(), fake_quantise(x.t(), operand))
 
 
+@pytest.mark.parametrize("row", [PLAIN, Operand(macro=Macro())], ids=["plain", "macro"])
+def test_squares_from_the_same_read_as_rows_have_the_references_values(row: Operand) -> None:
+    x = matrix(130, 336)
+    by_row, squares = quantise_tiles(x, row, PLAIN, column_form=Form.SQUARE)
+    assert_same(by_row.dequantise(), fake_quantise(x, row))
+    assert_same(squares.dequantise(), fake_quantise(x.t(), PLAIN))
+
+
 def test_rows_too_long_for_registers_are_read_twice_and_right() -> None:
-    x = matrix(2, 17000)
-    assert_same(quantise_rows(x, PLAIN).dequantise(), fake_quantise(x, PLAIN))
+    for k in (17000, 25000):  # held, read again
+        x = matrix(2, k)
+        assert_same(quantise_rows(x, PLAIN).dequantise(), fake_quantise(x, PLAIN))
 
 
 def test_a_row_spanning_more_than_14_binades_loses_at_most_2_to_the_minus_17_of_its_maximum() -> None:
