@@ -62,7 +62,8 @@ def export(run_dir: Path, out: Path, form: Form, shard_bytes: int = SHARD_BYTES)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for file in sorted((run_dir / TOKENIZER).glob("*")):
             shutil.copyfile(file, partial / file.name)
-    print(f"{out}: step {state.step} in {form}, {len(plan)} tensors, {nbytes / 1e9:.2f} GB in {len(files)} files")
+    count = f"{len(files)} file{'s' if len(files) > 1 else ''}"
+    print(f"{out}: step {state.step} in {form}, {len(plan)} tensors, {nbytes / 1e9:.3f} GB in {count}")
 
 
 class _Bf16:

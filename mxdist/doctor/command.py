@@ -13,7 +13,7 @@ from mxdist.config import Config, load_config
 from mxdist.doctor import devices, inputs, machine, versions
 from mxdist.doctor.collective import check_all_reduce
 from mxdist.doctor.findings import Finding, failure, ok
-from mxdist.doctor.fit import Device, Fit, fit, named_gpu
+from mxdist.doctor.fit import Device, Fit, counted, fit, named_gpu
 from mxdist.doctor.memory import engine_memory, kv_bytes_per_token, learner_memory
 from mxdist.doctor.report import Estimate, as_json, show
 from mxdist.errors import UserError
@@ -59,8 +59,9 @@ def _load(path: Path | None, settings: Sequence[str]) -> tuple[Config | None, li
         return None, [failure("configuration", str(error), "mend it; what depends on it was not looked at")]
     learner = config.learner
     layout = (
-        f"{learner.ranks} learner ranks: tensor {learner.tensor_parallel} x pipeline {learner.pipeline_parallel} x "
-        f"data {config.data_parallel}, expert {learner.expert_parallel}; {config.rollout.workers} rollout engines"
+        f"{counted(learner.ranks, 'learner rank')}: tensor {learner.tensor_parallel} x "
+        f"pipeline {learner.pipeline_parallel} x data {config.data_parallel}, expert {learner.expert_parallel}; "
+        f"{counted(config.rollout.workers, 'rollout engine')}"
     )
     return config, [ok("configuration", f"{path}, recipe {config.recipe}"), ok("layout", layout)]
 
@@ -82,7 +83,7 @@ def _device(config: Config, gpu: str | None, gpus: Sequence[devices.Gpu]) -> Dev
 
 def _memory_finding(found: Fit) -> Finding:
     need, have = found.load.total / 2**30, found.device.bytes / 2**30
-    text = f"{found.load.in_words} need about {need:.1f} of {have:.1f} GiB ({found.device.name})"
+    text = f"{found.load.in_words}: about {need:.1f} of {have:.1f} GiB ({found.device.name})"
     return ok("memory", text) if found.fits else failure("memory", text, found.lever or "")
 
 

@@ -26,6 +26,12 @@ PYTHON = {"learner rank": 512 * 2**20, "rollout engine": 768 * 2**20}
 """On a machine without GPUs: a process before it holds any tensor, measured."""
 
 
+def counted(count: int, name: str) -> str:
+    """As "2 learner ranks, stage 1"."""
+    kind, comma, which = name.partition(",")
+    return f"{count} {kind}{'s' if count > 1 else ''}{comma}{which}"
+
+
 @dataclass(frozen=True)
 class Device:
     """Something with memory that processes share."""
@@ -51,9 +57,7 @@ class Load:
 
     @property
     def in_words(self) -> str:
-        return " + ".join(
-            process.name if process.count == 1 else f"{process.count} {process.name}s" for process in self.processes
-        )
+        return " + ".join(counted(process.count, process.name) for process in self.processes)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ def show(findings: Sequence[Finding], estimate: Estimate | None, stream: TextIO,
         print(file=stream)
         table = StringIO()
         Console(file=table, width=width, highlight=False, color_system=None).print(_table(estimate))
-        print("\n".join(line.rstrip() for line in table.getvalue().strip("\n").splitlines()), file=stream)
+        print("\n".join(line.rstrip() for line in table.getvalue().splitlines()).strip("\n"), file=stream)
+        print(file=stream)
         for text in _below(estimate):
             print(textwrap.fill(text, width), file=stream)
     print(file=stream)
