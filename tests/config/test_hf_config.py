@@ -131,3 +131,25 @@ def test_tensor_parallel_fits_where_the_blocks_stay_whole(tmp_path: Path) -> Non
 def test_an_update_may_have_fewer_sequences_than_ranks(tmp_path: Path) -> None:
     uneven = ("learner.ranks=3", "algorithm.prompts_per_step=1", "algorithm.samples_per_prompt=2")
     assert load(tmp_path, QWEN25, *uneven).data_parallel == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}, {"attention_bias": True}],
+    ids=lambda change: next(iter(change)),
+)
+def test_features_of_qwen3_that_cannot_be_built_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"uses {next(iter(change))}"):
+        load(tmp_path, MOE | change)
+
+
+def test_experts_are_counted_and_weighted_as_the_checkpoint_says(tmp_path: Path) -> None:
+    newer = {key: value for key, value in MOE.items() if key not in ("num_experts", "norm_topk_prob")}
+    model = load(tmp_path, newer | {"num_local_experts": 4}).model
+    assert (model.num_experts, model.norm_topk_prob) == (4, False)  # False: the default of transformers
+    assert load(tmp_path, MOE).model.norm_topk_prob
+
+
+def test_tensor_parallel_must_divide_the_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tensor_parallel=2 does not divide model\.vocab_size=255"):
+        load(tmp_path, QWEN25 | {"vocab_size": 255}, "learner.tensor_parallel=2", "recipe=mxfp4")

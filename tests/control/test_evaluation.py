@@ -36,6 +36,7 @@ def scored(answers: list[list[str]]) -> list[ScoredGroup]:
 def test_greedy_accuracy_is_reported_by_kind_of_problem_too() -> None:
     found = estimates(TASK, scored([["right"], ["1"], ["right"], ["right"]]), Decoding())
     assert (found["accuracy"].value, found["accuracy"].problems) == (0.75, 4)
+    assert found["accuracy"].error == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
     kinds = [TASK.kind(prompt) for prompt in TASK.eval_prompts()]
     assert set(kinds) == {"carry", "no carry"}
     for kind in set(kinds):

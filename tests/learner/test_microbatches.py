@@ -1,8 +1,10 @@
 """Every answer of a step is learnt from exactly once, in the same number of micro-batches on every rank."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -142,3 +144,15 @@ def test_rejoin_undoes_sharing_out(rows: int, ranks: int, budget: int, seed: int
         for share in of_all_ranks(batch, ranks, budget)
     ]
     assert np.array_equal(sum(joined), batch.rollout_logprobs)
+
+
+@pytest.mark.parametrize(("lengths", "budget"), [(range(2, 18), 200), ((9, 7, 5, 3), 9)], ids=["one", "several"])
+def test_ranks_have_equally_many_tokens_whatever_the_order_of_the_sequences(
+    lengths: Sequence[int], budget: int
+) -> None:
+    columns = np.arange(max(lengths))
+    mask = (columns > 0) & (columns < np.array(lengths)[:, None])
+    zeros = np.zeros(mask.shape, dtype=np.float32)
+    batch = TrainBatch(zeros.astype(np.int64), mask, zeros, zeros[:, 0], zeros[:, 0])
+    first, second = (sum(int(part.lengths.sum()) for part in share) for share in of_all_ranks(batch, 2, budget))
+    assert first == second == sum(lengths) / 2
