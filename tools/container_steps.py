@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PLACE = "/opt/mxdist"
+SYSTEM_PATH = "/usr/bin:/bin:/usr/sbin:/sbin"  # as in the base image: its own Python, which any user can read
 NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 
 
@@ -57,13 +58,8 @@ def run_inside(place: Path, command: list[str], cwd: str = PLACE) -> None:
     wrapped = ["unshare", "--mount", "bash", "-c", mount, str(place), cwd, *command]
     print(f"+ {shlex.join(command)}", flush=True)
     index = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}  # where packages come from
-    environment = index | {"PATH": f"{PLACE}/.venv/bin:{_system_path()}", "PIP_NO_CACHE_DIR": "1", "HOME": "/tmp"}
+    environment = index | {"PATH": f"{PLACE}/.venv/bin:{SYSTEM_PATH}", "PIP_NO_CACHE_DIR": "1", "HOME": "/tmp"}
     subprocess.run(wrapped, check=True, env=environment)
-
-
-def _system_path() -> str:
-    python = shutil.which("python3.11") or "/usr/bin/python3.11"
-    return f"{Path(python).resolve().parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 
 
 def main(dockerfile: str) -> None:
