@@ -148,13 +148,19 @@ def start_ray(net: Network, cpus: dict[str, int], environment: dict[str, str] | 
     small = ["--object-store-memory=100000000", "--num-gpus=0"]
     # With eth0 alone there is no default route to take the head's address from.
     own = {"NODE_ADDRESS": head.address} | (environment or {})
-    starting = [(head, head.popen(["bash", "launch/ray_head.sh", f"--num-cpus={cpus[head.name]}", *small], None, own))]
+    commands = {head.name: ["bash", "launch/ray_head.sh", f"--num-cpus={cpus[head.name]}", *small]}
     for host in workers:  # which wait for the head
-        script = ["bash", "launch/ray_worker.sh", f"{head.address}:{RAY_PORT}", f"--num-cpus={cpus[host.name]}"]
-        starting.append((host, host.popen([*script, *small], None, environment)))
+        join = ["bash", "launch/ray_worker.sh", f"{head.address}:{RAY_PORT}", f"--num-cpus={cpus[host.name]}"]
+        commands[host.name] = [*join, *small]
+    starting = [
+        (host, host.popen(commands[host.name], None, own if host is head else environment)) for host in net.hosts
+    ]
     for host, process in starting:
-        out, _ = process.communicate(timeout=180)
-        if process.returncode:
+        code, (out, _) = 0, process.communicate(timeout=180)
+        if process.returncode:  # Ray gives itself 30 seconds, which a busy machine can take
+            host.run(["ray", "stop", "--force"])
+            code, out = host.run(commands[host.name], 180, own if host is head else environment)
+        if code:
             raise RuntimeError(f"{host.name}: {out}")
 
 
