@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
+
 from mxdist.config.schema import Config, LearnerConfig, ModelConfig
 from mxdist.learner.worker import LearnerWorker
 from mxdist.messages import LearnerReport
@@ -63,18 +65,15 @@ class Learners:
         return [result for _, _, result in answers]
 
 
+MOST_THREADS = 300
+"""Of a rank's process; each learner built in it leaves about 50."""
+
+
 class RankProcesses:
     """Processes that live through a test session: importing Megatron costs seconds."""
 
     def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipes, self._processes = [], []
-        for _ in range(count):
-            own, other = context.Pipe()
-            process = context.Process(target=_serve, args=(other,))
-            process.start()
-            self._pipes.append(own)
-            self._processes.append(process)
+        self._ranks = [_start() for _ in range(count)]
 
     @contextlib.contextmanager
     def learners(self, model: ModelConfig, recipe: str, ranks: int = 1, **settings: Any) -> Iterator[Learners]:
@@ -88,19 +87,36 @@ class RankProcesses:
         learner = LearnerConfig(**layout)
         config = Config(model=model, recipe=recipe, learner=learner, **settings)
         rendezvous = f"tcp://127.0.0.1:{_free_port()}"
-        learners = Learners(self._pipes[:ranks], config, shape_of(model), ranks, rendezvous)
+        self._replace_crowded()
+        learners = Learners([pipe for pipe, _ in self._ranks[:ranks]], config, shape_of(model), ranks, rendezvous)
         try:
             yield learners
         finally:
             learners.call("shutdown")
 
     def close(self) -> None:
-        for pipe in self._pipes:
+        for pipe, _ in self._ranks:
             pipe.send(("stop",))
-        for process in self._processes:
+        for _, process in self._ranks:
             process.join(30)
             if process.is_alive():
                 process.kill()
+
+    def _replace_crowded(self) -> None:
+        """Some of gloo's threads outlive the learner they served, and thousands of them slow the machine down."""
+        for index, (_, process) in enumerate(self._ranks):
+            if psutil.Process(process.pid).num_threads() > MOST_THREADS:
+                process.kill()
+                process.join()
+                self._ranks[index] = _start()
+
+
+def _start() -> "tuple[Connection, multiprocessing.process.BaseProcess]":
+    context = multiprocessing.get_context("spawn")
+    own, other = context.Pipe()
+    process = context.Process(target=_serve, args=(other,))
+    process.start()
+    return own, process
 
 
 def _serve(pipe: Connection) -> None:
