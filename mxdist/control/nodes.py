@@ -68,9 +68,12 @@ def require_same_nodes(config: Config, run_path: Path) -> None:
 
 def alive_nodes() -> list[dict[str, Any]]:
     """The cluster's nodes as Ray describes them, by address."""
-    return sorted(
-        (node for node in ray.nodes() if node["Alive"]), key=lambda node: _by_number(node["NodeManagerAddress"])
-    )
+    return [node for node in known_nodes() if node["Alive"]]
+
+
+def known_nodes() -> list[dict[str, Any]]:
+    """Those that are lost too."""
+    return sorted(ray.nodes(), key=lambda node: _by_number(node["NodeManagerAddress"]))
 
 
 def node_name(node: dict[str, Any]) -> str:

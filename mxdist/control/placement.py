@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mxdist.config import Config
 from mxdist.config.schema import LearnerConfig
-from mxdist.control.nodes import alive_nodes, node_name
+from mxdist.control.nodes import alive_nodes, known_nodes, node_name
 from mxdist.errors import RunStopped, UserError
 
 Where = PlacementGroupSchedulingStrategy | str
@@ -69,8 +69,10 @@ class LearnerPlacement:
                 f"find no room within {self.patience:g} s on {_offers(list(nodes.values()))}; lower learner.ranks, "
                 f"end what else runs there, or add nodes"
             )
-        by_node = sorted(groups, key=lambda group: list(nodes).index(_node_of(group)))
-        self.nodes = tuple(node_name(nodes[_node_of(group)]) for group in by_node for _ in range(size))
+        names = {node["NodeID"]: node_name(node) for node in known_nodes()}  # nodes may have come or gone meanwhile
+        by_node = sorted(groups, key=lambda group: list(names).index(_node_of(group)))
+        self._seen |= {node_id: names[node_id] for node_id in map(_node_of, groups)}
+        self.nodes = tuple(names[_node_of(group)] for group in by_node for _ in range(size))
         self.places = tuple(
             PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
             for group in by_node

@@ -13,9 +13,8 @@ def main() -> None:
     node = cluster.add_node(num_cpus=8)
     print(cluster.address, flush=True)
     for _ in sys.stdin:
-        fresh = cluster.add_node(num_cpus=8)
-        cluster.remove_node(node, allow_graceful=False)
-        node = fresh
+        cluster.remove_node(node, allow_graceful=False)  # first: a run must not end while a node is being started
+        node = cluster.add_node(num_cpus=8)
     cluster.shutdown()
 
 

@@ -12,7 +12,7 @@ from mxdist.observe.ledger import Account, check_ledger
 from tests.e2e.command import ROOT
 from tests.e2e.test_interruptions import read_until, start
 
-STEPS = 4
+STEPS = 60  # more than are done before the loss is noticed
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_a_lost_node_of_rollout_workers_is_survived_when_another_has_room(
         "rollout.max_lag=1",
         "data.eval_problems=16",
     )
-    read_until(process, "step 1/")
+    read_until(process, f"/{STEPS}  reward")
     print(file=cluster.stdin, flush=True)
     seen, _ = process.communicate(timeout=300)
     assert process.returncode == 0, seen
