@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -103,8 +104,7 @@ def test_a_node_with_other_code_stops_the_start(cluster: Cluster, tmp_path: Path
         require_same_nodes(Config(), tmp_path)
 
 
-def test_groups_fill_nodes_and_ranks_are_numbered_by_node(cluster: Cluster) -> None:
-    assert cluster
+def test_groups_fill_nodes_and_those_without_room_wait_for_a_node_to_join(cluster: Cluster) -> None:
     notes: list[str] = []
     placement = LearnerPlacement(learner(6, 2), notes.append)
     placement.reserve()
@@ -115,6 +115,12 @@ def test_groups_fill_nodes_and_ranks_are_numbered_by_node(cluster: Cluster) -> N
     placement.reserve()  # possible only because the first reservation is given back
     with pytest.raises(RunStopped, match="find no room"):
         LearnerPlacement(learner(6, 2), notes.append, patience=1, places=placement.places).reserve()
+    later = LearnerPlacement(learner(4, 2), notes.append, patience=60)
+    with ThreadPoolExecutor(1) as thread:
+        reserved = thread.submit(later.reserve)
+        fresh = cluster.add_node(num_cpus=4, object_store_memory=80 << 20)
+        reserved.result()
+    assert {_node_of(place) for place in later.places} == {fresh.node_id}
 
 
 def test_a_group_larger_than_any_node_is_refused_with_what_there_is(cluster: Cluster) -> None:
