@@ -18,4 +18,4 @@ else:
 @pytest.fixture(autouse=True)
 def _needs_hopper() -> None:
     if _lacking is not None:
-        pytest.skip(_lacking)
+        pytest.skip(f"needs a Hopper GPU: {_lacking}")
