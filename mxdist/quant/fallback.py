@@ -22,12 +22,30 @@ def tile_maxima(x: Tensor) -> Tensor:
     return group_max(to_blocks(as_rows(x), 32).abs().amax(-1), TILE, 32)
 
 
-def tile_flags(absmax: Tensor, operand: Operand, threshold: float | None) -> Tensor | None:
+def choose_tiles(maxima: Tensor, fraction: float) -> Tensor:
+    """Return int64 [n], ascending: the tiles along K whose largest magnitudes are largest on average over rows.
+
+    maxima  see `tile_maxima`. n is the share `fraction` of the tiles along K, rounded, but at least one. Outliers of
+    activations sit in few channels (arXiv 2503.08040), so few tiles along K hold most of them.
+    """
+    count = max(1, round(fraction * maxima.shape[1]))
+    return maxima.mean(0).topk(count).indices.sort().values
+
+
+def tile_flags(absmax: Tensor, operand: Operand, threshold: float | None, tiles: Tensor | None = None) -> Tensor | None:
     """Return int32 0/1 [rows, blocks]: does the block's tile get a residual? None when every tile does.
 
-    absmax is the block maxima float32 [rows, blocks]; with square blocks the tile is 128 x 128.
+    absmax is the block maxima float32 [rows, blocks]; with square blocks the tile is 128 x 128. threshold, tiles: see
+    `transform.Frozen`.
     """
-    if operand.fallback is None or operand.fallback.fraction is None or threshold is None:
+    if operand.fallback is None or operand.fallback.fraction is None:
+        return None
+    blocks = absmax.shape[-1]
+    if tiles is not None:
+        listed = torch.zeros(-(-blocks * operand.block // TILE), dtype=torch.int32, device=absmax.device)
+        listed[tiles.to(absmax.device)] = 1
+        return per_block(listed.expand(absmax.shape[0], -1), TILE, operand.block, blocks)
+    if threshold is None:
         return None
     tops = group_max(absmax, TILE, operand.block)
     if operand.square:

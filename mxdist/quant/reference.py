@@ -189,7 +189,7 @@ class Job:
     def _split(self, blocks: Tensor, absmax: Tensor, rounding: Callable[[Tensor, Tensor, str], Tensor]) -> Quantised:
         """z1 and z2 of the module's docstring, on finite blocks [rows, blocks, block] with maxima [rows, blocks]."""
         operand, macro, fallback = self.operand, self.operand.macro, self.operand.fallback
-        flags = tile_flags(absmax, operand, self.frozen.threshold)
+        flags = tile_flags(absmax, operand, self.frozen.threshold, self.frozen.tiles)
 
         def trial(values: Tensor, codes: Tensor) -> Tensor:
             return rounding(values, codes, "trial")

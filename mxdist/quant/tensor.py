@@ -85,7 +85,7 @@ class MXTensor:
         that were given to `quantise`.
         """
         frozen, draw = frozen or Frozen(), Draw(seed) if isinstance(seed, int) else seed
-        Frozen(frozen.mean, 0.0).check(self.operand, self.shape[-1], "tensor")
+        Frozen(frozen.mean, threshold=0.0).check(self.operand, self.shape[-1], "tensor")
         if self.operand.hadamard == "signed" and draw is None:
             raise ValueError("dequantising random signs needs the seed they were drawn from.")
         rows, k = math.prod(self.shape[:-1]), self.shape[-1]

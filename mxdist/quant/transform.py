@@ -20,18 +20,24 @@ class Frozen:
     mean       float [K], the channel means that `Operand.mean` takes off (arXiv 2603.10444, with a frozen mean
                instead of the batch's: decode batches and packed training batches have different ones).
     threshold  in units of x: 128-tiles whose largest magnitude exceeds it get a residual (`Fallback.fraction`).
+    tiles      int64 [n], instead of a threshold: the tiles along K that get a residual, the same in every row
+               (`fallback.choose_tiles`). A GEMM then only grows by n tiles along K.
     """
 
     mean: Tensor | None = None
     threshold: float | None = None
+    tiles: Tensor | None = None
 
     def check(self, operand: Operand, k: int, name: str) -> None:
         """ValueError when the operand needs a value that is missing, or a mean that does not fit K."""
         if operand.mean and (self.mean is None or self.mean.shape != (k,)):
             got = "none was given" if self.mean is None else f"it has shape {tuple(self.mean.shape)}"
             raise ValueError(f"quantising {name} takes off a frozen mean of shape ({k},), but {got}.")
-        if operand.fallback is not None and operand.fallback.fraction is not None and self.threshold is None:
-            raise ValueError(f"quantising {name} flags tiles by a threshold, but none was given.")
+        if operand.fallback is not None and operand.fallback.fraction is not None:
+            if self.threshold is None and self.tiles is None:
+                raise ValueError(f"quantising {name} flags tiles by a threshold or a list, but none was given.")
+            if self.threshold is not None and self.tiles is not None:
+                raise ValueError(f"quantising {name} flags tiles by a threshold or by a list, not by both.")
 
 
 def enter(rows: Tensor, operand: Operand, frozen: Frozen, draw: Draw | None) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mxdist.quant.fallback import ThresholdController, tile_maxima
+from mxdist.quant.fallback import ThresholdController, choose_tiles, tile_maxima
 from mxdist.quant.format import E2M1_VALUES, e8m0_decode
 from mxdist.quant.hadamard import POINTS, hadamard, rotate, rotate_back
 from mxdist.quant.philox import Draw, random_signs
@@ -237,6 +237,19 @@ def test_flagged_fallback_gives_a_residual_to_tiles_above_the_threshold_only() -
     assert flagged_fraction(packed) == pytest.approx(flagged.float().mean().item())
     with pytest.raises(ValueError, match="flags tiles by a threshold"):
         fake_quantise(x, operand)
+    with pytest.raises(ValueError, match="not by both"):
+        fake_quantise(x, operand, frozen=Frozen(threshold=3.0, tiles=torch.tensor([1])))
+
+
+def test_listed_tiles_get_a_residual_in_every_row_and_hold_the_channels_with_outliers() -> None:
+    x, operand = gaussian(40, 1000), Operand(fallback=Fallback(1.0, fraction=0.25))
+    x[:, 300], x[:, 990] = 30.0, -20.0
+    tiles = choose_tiles(tile_maxima(x), 0.25)
+    assert tiles.tolist() == [2, 7]
+    values = fake_quantise(x, operand, frozen=Frozen(tiles=tiles))
+    flagged = torch.isin(torch.arange(1000) // 128, tiles)
+    expected = torch.where(flagged, fake_quantise(x, Operand(fallback=Fallback(1.0))), fake_quantise(x, Operand()))
+    assert torch.equal(values, expected)
 
 
 def test_the_threshold_controller_holds_the_flagged_share_while_the_data_drift() -> None:

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from mxdist.quant.kernels import dot_scaled
 from mxdist.quant.kernels.forms import Form, Fp8Matrix
 from mxdist.quant.kernels.gemm import matmul
 from mxdist.quant.kernels.quant_rows import quantise_rows
@@ -14,7 +15,6 @@ from mxdist.quant.kernels.quant_tiles import quantise_tiles
 from mxdist.quant.kernels.quant_weight import quantise_weight
 from mxdist.quant.recipe import Operand
 from mxdist.quant.reference import quantise
-from tools.bench.dot_scaled import multiply
 from tools.bench.shapes import EXPERT_COUNT, EXPERT_ROWS, EXPERTS, LINEARS, TOKENS
 from tools.bench.timing import Ceilings, Row, is_rounding_only, milliseconds
 
@@ -52,13 +52,13 @@ def _product(ceilings: Ceilings, label: str, m: int, n: int, k: int, emulated: b
         )  # fmt: skip
     if emulated:
         left_q, right_q = quantise(a, Operand(), nonfinite="propagate"), quantise(b, Operand(), nonfinite="propagate")
-        packed = (left_q.codes, left_q.scales, right_q.codes, right_q.scales)
-        elapsed = milliseconds(lambda: multiply(*packed))
+        packed = dot_scaled.operand_of(left_q), dot_scaled.operand_of(right_q)
+        elapsed = milliseconds(lambda: dot_scaled.matmul(*packed))
         wanted = left_q[:_CHECKED].dequantise().double() @ right_q.dequantise().double().t()
         speed = work / elapsed
         yield Row(
             "gemms", f"{label} tl.dot_scaled", elapsed, speed, "TFLOP/s", speed / ceilings.fp8, bf16 / elapsed,
-            is_rounding_only(multiply(*packed)[:_CHECKED], wanted),
+            is_rounding_only(dot_scaled.matmul(*packed)[:_CHECKED], wanted),
         )  # fmt: skip
 
 

@@ -8,9 +8,12 @@
     quant_tiles   one scale per 1 x 128 tile, along rows, along columns, or both
     quant_both    both from one read of device memory
     quant_weight  weights: one rounding, W and W^T
+    terms         both terms of an operand with outlier fallback, every macro method
+    quant_terms   those as values, and as packed bytes: nibbles, E8M0 codes, macro bytes
     dequantise    E4M3 back to bfloat16
     plan          which GEMM for which product, and why; no Triton import
     gemm          dense FP8 GEMMs
+    dot_scaled    GEMMs on packed FP4, for Blackwell; emulated elsewhere
     grouped       linears of experts, one at a time
     segments      where the rows of experts lie, every expert's in whole tiles
     quant_experts the quantisers of experts, fused with the permutation of tokens and with SwiGLU

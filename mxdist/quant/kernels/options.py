@@ -61,6 +61,58 @@ def missing_feature(operand: Operand) -> str | None:
     return next((text for lacks, text in checks if lacks), None)
 
 
+METHODS = {"static": 1, "search": 2, "folded": 3}
+"""Macro methods as `terms` numbers them; 0 is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class TermOptions:
+    """An operand as the kernels of `quant_terms` see it: `Options` with every macro method and outlier fallback.
+
+    flagged  only some tiles have a residual
+    """
+
+    carry: int
+    saturate: bool
+    method: int
+    bits: int
+    stochastic: bool
+    fallback: bool
+    flagged: bool
+    alpha: float
+
+    @classmethod
+    def of(cls, operand: Operand) -> TermOptions:
+        """Return the options of an operand, or raise `UnsupportedOperandError`."""
+        missing = missing_in_terms(operand)
+        if missing is not None:
+            raise UnsupportedOperandError(f"the kernels do not do {missing}: the reference backend does.")
+        macro, fallback = operand.macro, operand.fallback
+        return cls(
+            carry=SCALE_CARRY[operand.scale_rule],
+            saturate=saturates(operand.scale_rule),
+            method=METHODS[macro.method] if macro else 0,
+            bits=macro.bits if macro else 8,
+            stochastic=operand.rounding == "stochastic",
+            fallback=fallback is not None,
+            flagged=fallback is not None and fallback.fraction is not None,
+            alpha=fallback.alpha if fallback else 0.0,
+        )
+
+
+def missing_in_terms(operand: Operand) -> str | None:
+    """Return what of an operand the kernels of `quant_terms` lack, or None when they do all of it."""
+    checks = (
+        (operand.block != 32, f"blocks of {operand.block}"),
+        (operand.square, "square blocks outside weights"),
+        (operand.scale_rule is ScaleRule.BEST, "the scale rule 'best'"),
+        (operand.macro is not None and operand.macro.size != 128, "macro blocks of 64"),
+        (operand.hadamard != "none", "Hadamard here"),
+        (operand.mean, "mean removal"),
+    )
+    return next((text for lacks, text in checks if lacks), None)
+
+
 @dataclass(frozen=True, slots=True)
 class Random:
     """A `Draw` as kernel arguments: the seed, and where the piece lies; see `philox.uniform`."""

@@ -1,5 +1,8 @@
-"""Compile every kernel for sm_90a without a GPU and print what ptxas says, as JSON. A program of its own, because a
-process that interprets kernels cannot compile them: python -m tests.quant.kernels.compile_check"""
+"""Compile every kernel for sm_90a, and the FP4 GEMM for sm_100a, without a GPU; print what ptxas says, as JSON.
+
+A program of its own, because a process that interprets kernels cannot compile them:
+python -m tests.quant.kernels.compile_check
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,25 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mxdist.quant.kernels import quant_both, quant_experts, quant_rows, quant_tiles, quant_weight
+from mxdist.quant.kernels import (
+    dot_scaled,
+    quant_both,
+    quant_experts,
+    quant_rows,
+    quant_terms,
+    quant_tiles,
+    quant_weight,
+    terms,
+)
 
 CEIL = 0x3FFFFF
 POINTERS = {
     "x_pointer": "*bf16", "w": "*bf16", "flag": "*i32", "reference": "*i32", "data": "*fp8e4nv", "data_t": "*fp8e4nv",
     "scale": "*fp32", "scale_t": "*fp32", "x": "*bf16", "map": "*fp32", "table": "*i32",
+    "listed": "*i32", "values": "*bf16", "codes": "*u8", "scales": "*u8", "macro": "*u8", "residual_codes": "*u8",
+    "residual_scales": "*u8", "a": "*u8", "b": "*u8", "a_factor": "*fp32", "b_factor": "*fp32", "c": "*bf16",
 }  # fmt: skip
+NUMBERS = {"alpha": "fp32", "threshold": "fp32", "seed": "i64", "seed_t": "i64"}
 
 
 def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
@@ -51,16 +66,42 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     for name, source in (("tokens", quant_experts.TOKENS), ("swiglu", quant_experts.SWIGLU)):
         yield f"experts, {name}", quant_experts._kernel, experts | {"SOURCE": source}, quant_both.SHAPE[2]
     yield "weight", quant_weight._kernel, plain | {"SQUARE": False, "WHOLE": False}, 8
+    rows, warps = quant_terms.SHAPE
+    one = plain | {"ROWS": rows, "RANDOM": False, "THRESHOLD": False, "LISTED": False, "BITS": 8}
+    one |= {"METHOD": terms.STATIC.value, "PACK": False, "FALLBACK": True}
+    searched = {"METHOD": terms.SEARCHED.value, "BITS": 4}
+    for name, changed in (
+        ("values, macro and fallback", {}),
+        ("values, flagged tiles", {"THRESHOLD": True}),
+        ("values, stochastic", {"RANDOM": True, "METHOD": 0}),
+        ("values, searched and fallback", searched),
+        ("packed, plain", {"PACK": True, "METHOD": 0, "FALLBACK": False}),
+        ("packed, searched and fallback", searched | {"PACK": True}),
+    ):
+        yield name, quant_terms._kernel, one | changed, warps
+
+
+def blackwell_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
+    """As `cases`, for sm_100a."""
+    shape = dict(zip(("BM", "BN", "BK"), dot_scaled.BLOCK, strict=True))
+    for name, group in (("mxfp4", 32), ("nvfp4", 16)):
+        yield name, dot_scaled._kernel, shape | {"GROUP": group, "FACTORS": group == 16}, dot_scaled.WARPS
 
 
 def compile_kernel(kernel: Any, constants: dict[str, object], warps: int, arch: int) -> dict[str, Any]:
     """Registers, spilt bytes, ptxas warnings and PTX of one kernel."""
     names = [name for name in kernel.arg_names if name not in constants]
-    signature = {name: POINTERS.get(name, "i32") for name in names} | dict.fromkeys(constants, "constexpr")
-    multiples = {n for n in names if "stride" in n or n in ("columns", "width", "half") or n in POINTERS}
+    signature = {name: (POINTERS | NUMBERS).get(name, "i32") for name in names}
+    for name in ("a_scale", "b_scale"):
+        if name in signature:
+            signature[name] = "*u8" if constants["GROUP"] == 32 else "*fp8e4nv"
+    signature |= dict.fromkeys(constants, "constexpr")
+    sizes = {n for n in names if "stride" in n or n in ("columns", "width", "half", "n", "k")}
+    multiples = sizes | {n for n in names if signature[n].startswith("*")}
     aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in multiples}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    options = {"num_warps": warps, "enable_fp_fusion": kernel is not quant_terms._kernel}  # as it is launched
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
     suffix = "-blackwell" if arch >= 100 else ""
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / f"ptxas{suffix}"
@@ -80,6 +121,10 @@ def compile_kernel(kernel: Any, constants: dict[str, object], warps: int, arch: 
 
 if __name__ == "__main__":
     results = {name: compile_kernel(kernel, constants, warps, 90) for name, kernel, constants, warps in cases()}
+    for name, kernel, constants, warps in blackwell_cases():
+        results[name] = compile_kernel(kernel, constants, warps, 100)
+        found = re.findall(r"tcgen05\.mma\.\S*kind::\S+", results[name]["ptx"])
+        results[name]["instructions"] = sorted(set(found))
     if "--ptx" not in sys.argv:
         for result in results.values():
             del result["ptx"]

@@ -1,4 +1,4 @@
-"""Kernels compile for sm_90a on any machine; ptxas reports no spills where the bandwidth depends on it."""
+"""Kernels compile for sm_90a and sm_100a on any machine; ptxas reports no spills, which bandwidth depends on."""
 
 from __future__ import annotations
 
@@ -32,3 +32,13 @@ def test_row_kernels_leave_room_for_many_programs(reports: dict[str, dict[str, A
     assert reports["rows of 2048"]["registers"] <= 64
     assert reports["rows of 22016"]["registers"] <= 128
     assert reports["tiles by row"]["registers"] <= 96
+    assert reports["values, macro and fallback"]["registers"] <= 96
+    assert reports["packed, plain"]["registers"] <= 64
+
+
+def test_on_blackwell_products_run_on_fp4_tensor_cores(reports: dict[str, dict[str, Any]]) -> None:
+    kinds = {name: reports[name]["instructions"] for name in ("mxfp4", "nvfp4")}
+    assert kinds == {
+        "mxfp4": ["tcgen05.mma.cta_group::1.kind::mxf4.block_scale.scale_vec::2X"],
+        "nvfp4": ["tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.scale_vec::4X"],
+    }
