@@ -1,11 +1,11 @@
 """The shape of a Hugging Face checkpoint, read from its config.json. No torch, no transformers."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mxdist.config.json_file import read_json_object
 from mxdist.errors import UserError
 
 SUPPORTED = {
@@ -64,14 +64,8 @@ def model_settings(path: str) -> dict[str, Any]:
         UserError: no config.json, not JSON, an architecture or a feature that is not supported, code of its own.
     """
     file = model_directory(path, only=["config.json"]) / "config.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"model.path={path} holds no config.json; give a Hugging Face checkpoint's directory") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid JSON ({error}); fetch it again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file} holds no JSON object; fetch it again")
+    missing = f"model.path={path} holds no config.json; give a Hugging Face checkpoint's directory"
+    found = read_json_object(file, missing)
     try:
         _refuse_unsupported(found, file)
         return _settings(found)

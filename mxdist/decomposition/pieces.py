@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mxdist.decomposition.selection import Linear
-from mxdist.decomposition.source import Region
+from mxdist.model.checkpoint_files import Region
 from mxdist.quant.format import TILE
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mxdist.decomposition.source import Read, Region, Source, StoredTensor
+from mxdist.decomposition.source import Read, Source, StoredTensor
 from mxdist.errors import UserError
+from mxdist.model.checkpoint_files import Region
 from mxdist.model.run_weights import METADATA_FILE, RunWeights
 
 CONFIG_FILE = "config.yaml"

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-Region = tuple[slice, ...]
-"""One slice with start and stop per axis of a stored tensor."""
+from mxdist.model.checkpoint_files import Region
 
 Read = Callable[[str, Region], Tensor]
 """(tensor name, region) -> values."""

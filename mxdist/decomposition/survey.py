@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mxdist.decomposition.pieces import Portion, portions, size_of
 from mxdist.decomposition.selection import Linear
-from mxdist.decomposition.source import Region, Source, StoredTensor
+from mxdist.decomposition.source import Source, StoredTensor
 from mxdist.errors import UserError
+from mxdist.model.checkpoint_files import Region
 from mxdist.quant.decompose import measure
 from mxdist.quant.moments import Moments
 from mxdist.quant.recipe import Operand

@@ -1,6 +1,5 @@
 """The tokenizer that comes with a checkpoint: used as it is, never trained, and no code of the checkpoint's is run."""
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mxdist.config.hf_config import model_directory
+from mxdist.config.json_file import read_json_object
 from mxdist.errors import UserError
 from mxdist.tasks.tokenizer import SETTINGS_FILE, TOKENIZER_FILE, TaskTokenizer, read_tokenizer
 
@@ -175,12 +175,4 @@ def _first_line(error: Exception) -> str:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file.parent} holds no {file.name}; give the tokenizer's files beside the weights") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid JSON ({error}); fetch it again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file} holds no JSON object; fetch it again")
-    return found
+    return read_json_object(file, f"{file.parent} holds no {file.name}; give the tokenizer's files beside the weights")

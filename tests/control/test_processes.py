@@ -1,6 +1,5 @@
 """Real Ray processes: how the controller waits for them, and what it says when one fails."""
 
-import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +16,7 @@ from mxdist.errors import DeadlineExceeded, OutOfMemory, ParityError, RunStopped
 ONE_RANK = {"ranks": 1, "expert_parallel": 1}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    start_ray(Config())
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.fixture

@@ -10,19 +10,12 @@ import pytest
 import ray
 
 from mxdist.config import Config
-from mxdist.control.processes import start_ray
 from mxdist.control.roster import Roster
 from mxdist.control.supervisor import Call, Supervisor, Worker
 from mxdist.control.waits import wait_for
 from mxdist.errors import DeadlineExceeded, ProcessFailure, RunStopped
 
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    start_ray(Config())
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 class Pool:
