@@ -28,8 +28,8 @@ from mxdist.model.packed_checkpoint import quantisation_config
 from mxdist.model.recipes import ModelRecipes, model_recipes
 from mxdist.model.run_weights import SHAPE_FILE, RunWeights
 from mxdist.observe.run_directory import CONFIG_FILE
+from mxdist.quant.backend import quantise
 from mxdist.quant.recipe import Operand
-from mxdist.quant.reference import quantise
 from mxdist.quant.tensor import part_shapes
 
 Form = Literal["bf16", "mxfp4"]

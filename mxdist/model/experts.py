@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
+from mxdist.quant.backend import fake_quantise
 from mxdist.quant.linear import mx_linear
 from mxdist.quant.recipe import Operand, Recipe
-from mxdist.quant.reference import fake_quantise
 
 
 class MxExperts(SequentialMLP):
@@ -66,7 +66,7 @@ class _QuantiseStraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, operand: Operand) -> Tensor:  # noqa: ARG004
-        return fake_quantise(x, operand).to(x.dtype)
+        return fake_quantise(x, operand, dtype=x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mxdist.model.draws import GradientDraws
+from mxdist.quant.backend import quantise
 from mxdist.quant.recipe import Recipe
-from mxdist.quant.reference import quantise
 from mxdist.quant.tensor import MXTensor
 
 Observer = Callable[["QuantisedWeight", Tensor, Tensor], None]

@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mxdist.quant.backend import fake_quantise, quantisers_lack
+from mxdist.quant.kernels.plan import device_lacks
 from mxdist.quant.layout import as_rows
 from mxdist.quant.philox import Draw
 from mxdist.quant.recipe import Operand, Recipe
-from mxdist.quant.reference import NonFinite, fake_quantise
+from mxdist.quant.reference import NonFinite
 from mxdist.quant.transform import Frozen
 
 
@@ -79,8 +81,41 @@ def mx_linear(
     nonfinite  what NaN and Inf in x or dY do, see `reference.quantise`.
 
     The GEMMs run in x's dtype; gradients come back in their inputs' dtypes. A recipe that quantises nothing is plain
-    `torch.nn.functional.linear`.
+    `torch.nn.functional.linear`. On a Hopper GPU with Triton, linears that are trained run on FP8 tensor cores where
+    that pays (`mxdist.quant.kernels`): the same operands, products exact to the rounding of their output.
     """
+    if not recipe.quantises:
+        return F.linear(x, weight, bias)
+    linear = reference_linear
+    if weight.requires_grad and x.numel() >= FP8_FROM * x.shape[-1] and _fp8_runs(x.device):
+        from mxdist.quant.kernels.linear import mx_linear as linear
+    return linear(
+        x, weight, weight_q, recipe, bias, seed=seed, shard=shard, frozen=frozen, name=name, nonfinite=nonfinite
+    )
+
+
+FP8_FROM = 2048
+"""Tokens from which making bytes of a weight's values in every call costs less than FP8 saves (bench: layers)."""
+
+
+def _fp8_runs(device: torch.device) -> bool:
+    return quantisers_lack(device) is None and device_lacks(device) is None
+
+
+def reference_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_q: Tensor | None,
+    recipe: Recipe,
+    bias: Tensor | None = None,
+    *,
+    seed: int | None = None,
+    shard: Shard | None = None,
+    frozen: Frozen | None = None,
+    name: str = "linear",
+    nonfinite: NonFinite = "error",
+) -> Tensor:
+    """`mx_linear` with GEMMs in x's dtype, on any device."""
     if not recipe.quantises:
         return F.linear(x, weight, bias)
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -114,8 +149,9 @@ class _Site:
         draw = self.shard.draw(which, self.seed) if operand.needs_seed and self.seed is not None else None
         frozen = self.frozen if which == "x_fwd" else None
         name = f"{self.name} {'input' if which.startswith('x') else 'gradient'}"
-        values = fake_quantise(tensor, operand, seed=draw, frozen=frozen, name=name, nonfinite=self.nonfinite)
-        return values.to(tensor.dtype)
+        return fake_quantise(
+            tensor, operand, seed=draw, frozen=frozen, name=name, nonfinite=self.nonfinite, dtype=tensor.dtype
+        )
 
 
 class _MXLinear(torch.autograd.Function):

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mxdist.quant.backend import fake_quantise
 from mxdist.quant.recipe import Recipe
-from mxdist.quant.reference import fake_quantise
 from mxdist.rollout.live_weight import LiveWeight
 
 
@@ -64,4 +64,4 @@ def _quantised(x: Tensor, recipe: Recipe, name: str) -> Tensor:
     """What the experts' GEMMs multiply, in x's dtype: Q(x), or x itself where the recipe keeps activations."""
     if recipe.x_fwd is None:
         return x
-    return fake_quantise(x, recipe.x_fwd, name=f"{name} input").to(x.dtype)
+    return fake_quantise(x, recipe.x_fwd, name=f"{name} input", dtype=x.dtype)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mxdist.quant.fallback import choose_tiles, tile_maxima
+from mxdist.quant.kernels import quant_terms
 from mxdist.quant.kernels.forms import Form
+from mxdist.quant.kernels.quant_residual import quantise_with_residual
 from mxdist.quant.kernels.quant_rows import quantise_rows
 from mxdist.quant.kernels.quant_tiles import quantise_tiles
 from mxdist.quant.kernels.quant_weight import quantise_weight
-from mxdist.quant.recipe import Macro, Operand
-from mxdist.quant.reference import fake_quantise
+from mxdist.quant.recipe import Fallback, Macro, Operand
+from mxdist.quant.reference import fake_quantise, quantise
+from mxdist.quant.transform import Frozen
 from tools.bench.timing import Ceilings, Row, milliseconds
 
 TOKENS = 16384
@@ -21,6 +26,10 @@ WIDTHS = (2048, 4096, 11008, 22016)
 _CHECKED = 256
 _PLAIN, _RANDOM = Operand(), Operand(rounding="stochastic")
 _ROTATED = Operand(hadamard="plain", rounding="stochastic")
+_FOLDED = Operand(macro=Macro(method="folded"))
+_LISTED = Operand(macro=Macro(), fallback=Fallback(fraction=0.05))
+_BOTH = Operand(macro=Macro(), fallback=Fallback())
+_SEARCHED = Operand(macro=Macro(method="search", bits=4), fallback=Fallback())
 
 
 def rows(ceilings: Ceilings) -> Iterator[Row]:
@@ -59,9 +68,12 @@ def _kernels(x: Tensor) -> Iterator[tuple[str, float, Callable[[], object], Call
 
         return check
 
-    def weighed() -> bool:
-        both = quantise_weight(few, _PLAIN)
-        return same(both.forward.dequantise(), _PLAIN) and same(both.transposed.dequantise().t(), _PLAIN)
+    def weighed(operand: Operand) -> Callable[[], bool]:
+        def check() -> bool:
+            both = quantise_weight(few, operand)
+            return same(both.forward.dequantise(), operand) and same(both.transposed.dequantise().t(), operand)
+
+        return check
 
     scales = 4 / 128
     macro = Operand(macro=Macro())
@@ -82,4 +94,44 @@ def _kernels(x: Tensor) -> Iterator[tuple[str, float, Callable[[], object], Call
         "tiles by row and by column", 4 + 2 * scales, lambda: quantise_tiles(x, _PLAIN, _PLAIN, **free),
         lambda: tiled(_PLAIN)() and turned(Form.TILE, _PLAIN)(),
     )  # fmt: skip
-    yield "weight, both orientations", 4.0, lambda: quantise_weight(x, _PLAIN, **free), weighed
+    yield "weight, both orientations", 4.0, lambda: quantise_weight(x, _PLAIN, **free), weighed(_PLAIN)
+    yield "weight, macro factors in its bytes", 4.0, lambda: quantise_weight(x, _FOLDED, **free), weighed(_FOLDED)
+    yield from _terms(x, free)
+
+
+def _terms(x: Tensor, free: dict[str, Any]) -> Iterator[tuple[str, float, Callable[[], object], Callable[[], bool]]]:
+    """As `_kernels`, of the kernels with outlier fallback and of packed bytes."""
+    few = x[:_CHECKED]
+    frozen = Frozen(tiles=choose_tiles(tile_maxima(few), 0.05))
+    share = len(frozen.tiles if frozen.tiles is not None else ()) * 128 / x.shape[1]
+
+    def listed() -> bool:
+        got, k = quantise_with_residual(few, _LISTED, frozen.tiles).dequantise(), few.shape[1]
+        total = got[:, :k].reshape(len(few), -1, 128)
+        assert frozen.tiles is not None
+        total.index_add_(1, frozen.tiles, got[:, k:].reshape(len(few), -1, 128))
+        wanted = fake_quantise(few, _LISTED, frozen=frozen)
+        return bool(((total.flatten(1) - wanted).abs() <= wanted.abs() * 2.0**-22).all())  # their sum is rounded
+
+    yield (
+        "tiles by row, macro factors, OF of 5 % listed", 3 + 4 / 128 + share * (1 + 4 / 128),
+        lambda: quantise_with_residual(x, _LISTED, frozen.tiles, **free), listed,
+    )  # fmt: skip
+    for name, operand in (("macro factors and OF", _BOTH), ("searched factors and OF", _SEARCHED)):
+        yield (
+            f"values, {name}", 4.0,
+            partial(quant_terms.fake_quantise, x, operand, dtype=torch.bfloat16, **free),
+            partial(_same_values, few, operand),
+        )  # fmt: skip
+    for name, operand, size in (("plain", _PLAIN, 2 + 17 / 32), ("searched factors and OF", _SEARCHED, 3 + 18 / 256)):
+        work = partial(quant_terms.quantise, x, operand, **free)
+        yield f"packed, {name}", size, work, partial(_same_bytes, few, operand)
+
+
+def _same_values(x: Tensor, operand: Operand) -> bool:
+    return torch.equal(quant_terms.fake_quantise(x, operand), fake_quantise(x, operand))
+
+
+def _same_bytes(x: Tensor, operand: Operand) -> bool:
+    got, wanted = quant_terms.quantise(x, operand).parts(), quantise(x, operand).parts()
+    return all(torch.equal(got[key], part) for key, part in wanted.items())

@@ -10,6 +10,7 @@
     quant_weight  weights: one rounding, W and W^T
     terms         both terms of an operand with outlier fallback, every macro method
     quant_terms   those as values, and as packed bytes: nibbles, E8M0 codes, macro bytes
+    quant_residual  tiles with every macro method; residuals of listed tiles appended along K
     dequantise    E4M3 back to bfloat16
     plan          which GEMM for which product, and why; no Triton import
     gemm          dense FP8 GEMMs

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mxdist.quant.format import SCALE_CARRY, TILE, e8m0_from_absmax
+from mxdist.quant.kernels import terms
 from mxdist.quant.kernels.device import (
     block_maxima,
     code_of,
@@ -53,7 +54,8 @@ class Fp8Weight:
 def _kernel(
     w, stride, rows, columns, flag, reference, data, data_stride, scale, scale_stride,
     data_t, data_t_stride, scale_t, scale_t_stride,
-    SQUARE: tl.constexpr, WHOLE: tl.constexpr, CARRY: tl.constexpr, SATURATE: tl.constexpr, CHECK: tl.constexpr,
+    SQUARE: tl.constexpr, WHOLE: tl.constexpr, FOLDED: tl.constexpr, CARRY: tl.constexpr, SATURATE: tl.constexpr,
+    CHECK: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(1) * 128, tl.program_id(0) * 128
     r, c = row + tl.arange(0, 128), column + tl.arange(0, 128)
@@ -65,6 +67,12 @@ def _kernel(
     if SQUARE:
         squares = tl.max(tl.reshape(absmax, [4, 32, 4]), axis=1)
         absmax = tl.reshape(tl.broadcast_to(squares[:, None, :], [4, 32, 4]), [128, 1, 4])
+    factor = 1.0
+    if FOLDED:
+        byte = terms.search(tl.where(bad[:, :, :, None], 0.0, blocks), absmax, terms.FOLDED, 0, CARRY, SATURATE)
+        byte = tl.where(tl.max(absmax, axis=2) >= 85070591730234615865843651857942052864.0, 0, byte)
+        factor, g = terms.factors(byte, terms.FOLDED)
+        absmax = absmax * factor[:, :, None]
     code = code_of(absmax, CARRY)
     tops = tl.max(code, axis=2)
     largest = tl.max(tl.reshape(tops, [128]))
@@ -72,7 +80,11 @@ def _kernel(
         tops = tops * 0 + largest
     code = spread_codes(code, absmax, tops[:, :, None])
     unit = tl.load(reference) if WHOLE else unit_of(largest)
-    y = encode(blocks, code, bad, 1.0, tops * 0 + unit, 0.0, SATURATE, False, False)
+    if FOLDED:
+        unit += 1  # 1.5 * 6 * 2^5 = 288 is the largest byte
+    y = encode(blocks, code, bad, factor, tops * 0 + unit, 0.0, SATURATE, FOLDED, False)
+    if FOLDED:
+        y = y * g[:, :, None, None]
     y = tl.reshape(y, [128, 128])
     inside = (r < rows)[:, None] & (c < tl.cdiv(columns, 128) * 128)[None, :]
     tl.store(data + r.to(tl.int64)[:, None] * data_stride + c[None, :], y.to(tl.float8e4nv), mask=inside)
@@ -98,6 +110,9 @@ def quantise_weight(
 ) -> Fp8Weight:
     """Quantise a weight [N, K] along K; blocks 1 x 32, or 32 x 32 when `operand.square`.
 
+    Macro factors of the method "folded" go into the bytes, form SQUARE: three mantissa bits hold 1.25 or 1.5 times an
+    E2M1 value, and W^T has the same bytes. Values are then the reference's while codes span at most 11 binades.
+
     weight  float32 or bfloat16, last axis contiguous (otherwise copied); magnitudes up to 6 * 2^125.
     form    SQUARE: a scale per 128 x 128 square. ROW: one unit for the whole weight, written as equal row scales.
 
@@ -105,11 +120,12 @@ def quantise_weight(
     unit    form ROW: the weight's code of `whole_units`, when `out` already holds the scales.
 
     Values equal `reference.quantise` while the block codes of a square (or of the weight) span at most 14 binades.
-    Raises `UnsupportedOperandError` for operands with macro factors, ValueError for form TILE.
+    Raises `UnsupportedOperandError` for operands with other macro factors, ValueError for form TILE.
     """
     if form is Form.TILE:
         raise ValueError("tiles of W and of W^T share no scale: a weight is SQUARE or ROW.")
-    if operand.macro is not None:
+    folded = operand.macro is not None and operand.macro.method == "folded" and operand.macro.size == TILE
+    if operand.macro is not None and not (folded and form is Form.SQUARE and not operand.square):
         raise UnsupportedOperandError("macro factors of weights differ along N, so W^T cannot share their bytes.")
     options = options_of(Operand(scale_rule=operand.scale_rule, fallback=operand.fallback, block=operand.block))
     n, k = weight.shape
@@ -130,8 +146,8 @@ def quantise_weight(
         weight, weight.stride(0), n, k, flag.pointer, unit,
         forward.data, forward.data.stride(0), forward.scale, forward.scale.stride(0),
         transposed.data, transposed.data.stride(0), transposed.scale, transposed.scale.stride(0),
-        SQUARE=operand.square, WHOLE=whole, CARRY=SCALE_CARRY[operand.scale_rule], SATURATE=options.saturate,
-        CHECK=flag.checked, num_warps=8,
+        SQUARE=operand.square, WHOLE=whole, FOLDED=folded, CARRY=SCALE_CARRY[operand.scale_rule],
+        SATURATE=options.saturate, CHECK=flag.checked, num_warps=8, enable_fp_fusion=not folded,
     )  # fmt: skip
     flag.raise_if_set(weight, name)
     return out

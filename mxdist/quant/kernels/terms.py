@@ -71,7 +71,7 @@ def round_in_units(y, code, unit, noise, SATURATE: tl.constexpr, RANDOM: tl.cons
 
 
 @triton.jit
-def _search(blocks, absmax, METHOD: tl.constexpr, BITS: tl.constexpr, CARRY: tl.constexpr, SATURATE: tl.constexpr):
+def search(blocks, absmax, METHOD: tl.constexpr, BITS: tl.constexpr, CARRY: tl.constexpr, SATURATE: tl.constexpr):
     """Macro bytes of least squared error (scaling._search_macro); the first of equals wins."""
     ROWS: tl.constexpr = blocks.shape[0]
     TILES: tl.constexpr = blocks.shape[1]
@@ -108,7 +108,7 @@ def first_term(
         if METHOD == STATIC:
             byte, _ = static_factor(tile_max, BITS)
         else:
-            byte = _search(blocks, absmax, METHOD, BITS, CARRY, SATURATE)
+            byte = search(blocks, absmax, METHOD, BITS, CARRY, SATURATE)
             byte = tl.where(tile_max >= 85070591730234615865843651857942052864.0, 0, byte)  # 2^126: f x stays finite
         f, g = factors(byte, METHOD)
         blocks = blocks * f[:, :, None, None]

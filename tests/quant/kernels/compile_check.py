@@ -23,6 +23,7 @@ from mxdist.quant.kernels import (
     dot_scaled,
     quant_both,
     quant_experts,
+    quant_residual,
     quant_rows,
     quant_terms,
     quant_tiles,
@@ -34,8 +35,9 @@ CEIL = 0x3FFFFF
 POINTERS = {
     "x_pointer": "*bf16", "w": "*bf16", "flag": "*i32", "reference": "*i32", "data": "*fp8e4nv", "data_t": "*fp8e4nv",
     "scale": "*fp32", "scale_t": "*fp32", "x": "*bf16", "map": "*fp32", "table": "*i32",
-    "listed": "*i32", "values": "*bf16", "codes": "*u8", "scales": "*u8", "macro": "*u8", "residual_codes": "*u8",
-    "residual_scales": "*u8", "a": "*u8", "b": "*u8", "a_factor": "*fp32", "b_factor": "*fp32", "c": "*bf16",
+    "listed": "*i32", "slots": "*i32", "values": "*bf16", "codes": "*u8", "scales": "*u8", "macro": "*u8",
+    "residual_codes": "*u8", "residual_scales": "*u8", "a": "*u8", "b": "*u8", "a_factor": "*fp32", "b_factor": "*fp32",
+    "c": "*bf16",
 }  # fmt: skip
 NUMBERS = {"alpha": "fp32", "threshold": "fp32", "seed": "i64", "seed_t": "i64"}
 
@@ -65,7 +67,8 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     experts = both | {"BY_COLUMN": True, "HADAMARD_T": False}
     for name, source in (("tokens", quant_experts.TOKENS), ("swiglu", quant_experts.SWIGLU)):
         yield f"experts, {name}", quant_experts._kernel, experts | {"SOURCE": source}, quant_both.SHAPE[2]
-    yield "weight", quant_weight._kernel, plain | {"SQUARE": False, "WHOLE": False}, 8
+    yield "weight", quant_weight._kernel, plain | {"SQUARE": False, "WHOLE": False, "FOLDED": False}, 8
+    yield "weight, folded", quant_weight._kernel, plain | {"SQUARE": False, "WHOLE": False, "FOLDED": True}, 8
     rows, warps = quant_terms.SHAPE
     one = plain | {"ROWS": rows, "RANDOM": False, "THRESHOLD": False, "LISTED": False, "BITS": 8}
     one |= {"METHOD": terms.STATIC.value, "PACK": False, "FALLBACK": True}
@@ -79,6 +82,11 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
         ("packed, searched and fallback", searched | {"PACK": True}),
     ):
         yield name, quant_terms._kernel, one | changed, warps
+    rows, warps = quant_residual.SHAPE
+    one = plain | {"ROWS": rows, "RANDOM": False, "LISTED": True, "BITS": 8, "METHOD": terms.STATIC.value}
+    yield "listed tiles", quant_residual._kernel, one, warps
+    yield "listed tiles, stochastic", quant_residual._kernel, one | {"RANDOM": True}, warps
+    yield "tiles by row, searched", quant_residual._kernel, one | searched | {"LISTED": False}, warps
 
 
 def blackwell_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
@@ -100,7 +108,7 @@ def compile_kernel(kernel: Any, constants: dict[str, object], warps: int, arch: 
     multiples = sizes | {n for n in names if signature[n].startswith("*")}
     aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in multiples}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
-    options = {"num_warps": warps, "enable_fp_fusion": kernel is not quant_terms._kernel}  # as it is launched
+    options = {"num_warps": warps, "enable_fp_fusion": "METHOD" not in constants}  # as launched
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
     suffix = "-blackwell" if arch >= 100 else ""
