@@ -34,10 +34,14 @@ def quantisers_lack(device: torch.device) -> str | None:
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
 
 
-@lru_cache
+_said: set[str] = set()
+
+
 def say_once(name: str, reason: str) -> None:
-    """Log that the layer or tensor `name` runs on the reference."""
-    _log.warning("%s runs on the reference backend: %s", name, reason)
+    """Log that `name`, a layer or tensor, runs on the reference: the first one only of those with the same reason."""
+    if reason not in _said:
+        _said.add(reason)
+        _log.warning("%s runs on the reference backend: %s", name, reason)
 
 
 def _reference_only(x: Tensor, operand: Operand, name: str) -> bool:

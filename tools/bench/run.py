@@ -1,6 +1,7 @@
 """Measure every kernel and every linear shape on this GPU: python -m tools.bench.run [--out FILE] [--only TABLE ...]
 
-Prints one table per kind and writes JSON with date, versions and the command. Needs a Hopper GPU and Triton.
+Prints one table per kind and writes JSON with date, versions and the command; `tools.bench.plot` draws it. Needs a
+Hopper GPU and Triton.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@
     terms         both terms of an operand with outlier fallback, every macro method
     quant_terms   those as values, and as packed bytes: nibbles, E8M0 codes, macro bytes
     quant_residual  tiles with every macro method; residuals of listed tiles appended along K
+    unpack        packed bytes as E4M3
     dequantise    E4M3 back to bfloat16
     plan          which GEMM for which product, and why; no Triton import
     gemm          dense FP8 GEMMs

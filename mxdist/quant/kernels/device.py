@@ -13,6 +13,8 @@ import triton.language as tl
 EXPONENT_MASK = tl.constexpr(0x7F800000)
 MAGIC = tl.constexpr(1.5 * 2.0**22)
 SPAN = tl.constexpr(14)
+MACRO_LIMIT = tl.constexpr(2.0**126)
+"""Tiles whose maximum reaches this keep f = 1, so that f x stays finite (scaling.MACRO_LIMIT)."""
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """True in Triton's interpreter, which walks through a reduction's own function element by element, hence slowly."""
 TOP = tl.constexpr(6)
@@ -58,7 +60,7 @@ def static_factor(tile_max, BITS: tl.constexpr):
     """Macro byte and encode factor f in [1, 2) of tiles with this maximum (scaling.static_macro)."""
     ratio = tl.div_rn(tl.full(tile_max.shape, 6.0, tl.float32), tl.maximum(tile_max, 1e-12))
     byte = (ratio.to(tl.int32, bitcast=True) >> 15) & (0x100 - (1 << (8 - BITS)))
-    byte = tl.where(tile_max >= 85070591730234615865843651857942052864.0, 0, byte)  # 2^126: f x stays finite
+    byte = tl.where(tile_max >= MACRO_LIMIT, 0, byte)
     return byte, 1.0 + byte.to(tl.float32) * 0.00390625
 
 
@@ -92,18 +94,31 @@ def round_random(y, scale, noise):
 
 
 @triton.jit
+def philox_words(seed, counter, stream, purpose):
+    """The four uint32 words of philox.philox for int64 counters."""
+    low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
+    return tl.philox(seed, low, high, (high * 0 + stream).to(tl.uint32), (high * 0 + purpose).to(tl.uint32))
+
+
+@triton.jit
+def noise_of(bits):
+    """(r + 1/2) / 2^16 float32 for the 16 bits r that lie at bit 7 and above.
+
+    They become the float 1 + (r + 1/2) / 2^16 by their place in its mantissa: converting integers is slow.
+    """
+    return ((bits & 0x7FFF80) | 0x3F800040).to(tl.float32, bitcast=True) - 1.0
+
+
+@triton.jit
 def uniform(seed, stream, purpose, row, call, first_call, calls_per_row, ROWS: tl.constexpr, CALLS: tl.constexpr):
     """Noise (r + 1/2) / 2^16 float32 [ROWS, 8 CALLS] of philox.uniform: rows from `row`, calls from `call`."""
     rows = (row + tl.arange(0, ROWS)).to(tl.int64)
     counter = rows[:, None] * calls_per_row + (first_call + call + tl.arange(0, CALLS))[None, :]
-    low = (counter & 0xFFFFFFFF).to(tl.uint32)
-    high = (counter >> 32).to(tl.uint32)
-    a, b, c, d = tl.philox(seed, low, high, (high * 0 + stream).to(tl.uint32), (high * 0 + purpose).to(tl.uint32))
-    # 16 bits r become the float 1 + (r + 1/2) / 2^16 by their place in its mantissa: converting integers is slow.
+    a, b, c, d = philox_words(seed, counter, stream, purpose)
     even = tl.join(tl.join(a << 7, c << 7), tl.join(b << 7, d << 7))
     odd = tl.join(tl.join(a >> 9, c >> 9), tl.join(b >> 9, d >> 9))
     bits = tl.reshape(tl.join(even, odd), [ROWS, 8 * CALLS])  # element 8 call + 4 i + 2 j + k
-    return ((bits & 0x7FFF80) | 0x3F800040).to(tl.float32, bitcast=True) - 1.0
+    return noise_of(bits)
 
 
 @triton.jit
@@ -159,6 +174,15 @@ def encode(blocks, code, bad, factor, unit, noise, SATURATE: tl.constexpr, MACRO
     if RANDOM:
         return round_random(y, scale, noise)
     return round_nearest(y, scale, SATURATE)
+
+
+@triton.jit
+def scale_of(unit, factor, MACRO: tl.constexpr):
+    """The float32 scale of bytes in units of 2^(unit - 127), divided by the macro factor f where there is one."""
+    value = power_of_two(unit)
+    if MACRO:
+        value = value * tl.div_rn(tl.full(factor.shape, 1.0, tl.float32), factor)
+    return value
 
 
 @triton.jit

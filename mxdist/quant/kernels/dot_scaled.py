@@ -4,7 +4,8 @@
     NVFP4   an E4M3 scale per 16, each written twice, and a float32 factor per row   tcgen05 kind mxf4nvf4
 
 The second holds macro factors of the method "folded": a decode factor of {1, 1.25, 1.5} times a power of two is an
-E4M3 number. No Blackwell GPU has run this yet: compiled for sm_100a and interpreted, both in the tests.
+E4M3 number. It compiles for Blackwell only (Triton 3.6). No Blackwell GPU has run this yet: compiled for sm_100a and
+interpreted, both in the tests.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from mxdist.quant.format import E8M0_NAN, TILE, e8m0_decode
 from mxdist.quant.kernels.device import INTERPRETED, power_of_two
+from mxdist.quant.kernels.terms import e2m1_values
 from mxdist.quant.layout import per_block
 from mxdist.quant.scaling import FOLDED_DECODE
 from mxdist.quant.tensor import MXTensor
@@ -72,9 +74,7 @@ def _values(packed, scale, GROUP: tl.constexpr):
     """What packed codes [ROWS, K / 2] and their scales [ROWS, K / GROUP] stand for, float32 [ROWS, K]."""
     rows: tl.constexpr = packed.shape[0]
     codes = tl.reshape(tl.join(packed & 15, packed >> 4), [rows, 2 * packed.shape[1]]).to(tl.int32)
-    number = codes & 7
-    one = tl.where(number < 2, number.to(tl.float32) * 0.5, ((number + 252) << 22).to(tl.float32, bitcast=True))
-    value = tl.where(codes > 7, -one, one)
+    value = e2m1_values(codes)
     factor = power_of_two(scale.to(tl.int32)) if scale.dtype == tl.uint8 else scale.to(tl.float32)
     groups = tl.reshape(value, [rows, scale.shape[1], GROUP]) * factor[:, :, None]
     return tl.reshape(groups, [rows, 2 * packed.shape[1]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mxdist.quant.kernels.device import encode, power_of_two, tile_scales, uniform, unit_of
+from mxdist.quant.kernels.device import encode, scale_of, tile_scales, uniform, unit_of
 from mxdist.quant.kernels.runs import load_runs, quantise_runs, rotate_runs
 
 
@@ -36,9 +36,7 @@ def quantise_piece(
     inside = (r < rows)[:, None] & (c < columns)[None, :]
     tl.store(data + r.to(tl.int64)[:, None] * data_stride + c[None, :], y.to(tl.float8e4nv), mask=inside)
 
-    value = power_of_two(unit)
-    if MACRO_BITS > 0:
-        value = value * tl.div_rn(tl.full(factor.shape, 1.0, tl.float32), factor)
+    value = scale_of(unit, factor, MACRO_BITS > 0)
     first_tile = column // 128
     tile = first_tile + tl.arange(0, tiles)
     inside = (r < rows)[:, None] & (tile < columns // 128)[None, :]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mxdist.quant.format import TILE
 from mxdist.quant.kernels import terms
-from mxdist.quant.kernels.device import power_of_two, uniform
+from mxdist.quant.kernels.device import power_of_two
 from mxdist.quant.kernels.forms import Form, Fp8Matrix, empty_tiles
 from mxdist.quant.kernels.nonfinite import Flag
 from mxdist.quant.kernels.options import Random, TermOptions
@@ -48,8 +48,7 @@ def _kernel(
     loaded = tl.load(x + r.to(tl.int64)[:, None] * stride + c[None, :], mask=inside, other=0.0).to(tl.float32)
     noise = 0.0
     if RANDOM:
-        noise = uniform(seed, stream, 0, draw_row + row, tile * 16, first_call, calls_per_row, ROWS, 16)
-        noise = tl.reshape(noise, [ROWS, 1, 4, 32])
+        noise = terms.tile_noise(seed, stream, 0, draw_row + row, tile, first_call, calls_per_row, ROWS)
     blocks = tl.reshape(loaded, [ROWS, 1, 4, 32])
     left, y, _code, unit, _byte, g, bad, _max = terms.first_term(blocks, noise, METHOD, BITS, CARRY, SATURATE, RANDOM)
     if CHECK and tl.max(tl.reshape(bad.to(tl.int32), [ROWS * 4])) > 0:
@@ -60,8 +59,7 @@ def _kernel(
         slot = tl.load(slots + tile)
         if slot >= 0:
             if RANDOM:
-                noise = uniform(seed, stream, 1, draw_row + row, tile * 16, first_call, calls_per_row, ROWS, 16)
-                noise = tl.reshape(noise, [ROWS, 1, 4, 32])
+                noise = terms.tile_noise(seed, stream, 1, draw_row + row, tile, first_call, calls_per_row, ROWS)
             y_2, _code_2, unit_2 = terms.second_term(left, unit, noise, CARRY, SATURATE, RANDOM)
             at = tl.cdiv(columns, 128) + slot
             _store(y_2, unit_2, alpha * g, rows, r, at, data, data_stride, scale, scale_stride, ROWS)

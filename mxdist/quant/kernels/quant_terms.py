@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mxdist.quant.format import TILE
 from mxdist.quant.kernels import terms
-from mxdist.quant.kernels.device import INTERPRETED, power_of_two, uniform
+from mxdist.quant.kernels.device import INTERPRETED, power_of_two
 from mxdist.quant.kernels.nonfinite import Flag
 from mxdist.quant.kernels.options import Random, TermOptions
 from mxdist.quant.layout import as_rows, check_dtype
@@ -41,12 +41,9 @@ def _kernel(
     loaded = tl.load(x + r.to(tl.int64)[:, None] * stride + c[None, :], mask=inside, other=0.0).to(tl.float32)
     noise, noise_2 = 0.0, 0.0
     if RANDOM:
-        at, calls = draw_row + row, tile * 16
-        noise = uniform(seed, stream, 0, at, calls, first_call, calls_per_row, ROWS, 16)
-        noise = tl.reshape(noise, [ROWS, 1, 4, 32])
+        noise = terms.tile_noise(seed, stream, 0, draw_row + row, tile, first_call, calls_per_row, ROWS)
         if FALLBACK:
-            noise_2 = uniform(seed, stream, 1, at, calls, first_call, calls_per_row, ROWS, 16)
-            noise_2 = tl.reshape(noise_2, [ROWS, 1, 4, 32])
+            noise_2 = terms.tile_noise(seed, stream, 1, draw_row + row, tile, first_call, calls_per_row, ROWS)
     blocks = tl.reshape(loaded, [ROWS, 1, 4, 32])
     left, y, code, unit, byte, g, bad, tile_max = terms.first_term(blocks, noise, METHOD, BITS, CARRY, SATURATE, RANDOM)
     if CHECK and tl.max(tl.reshape(bad.to(tl.int32), [ROWS * 4])) > 0:

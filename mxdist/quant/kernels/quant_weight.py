@@ -70,7 +70,6 @@ def _kernel(
     factor = 1.0
     if FOLDED:
         byte = terms.search(tl.where(bad[:, :, :, None], 0.0, blocks), absmax, terms.FOLDED, 0, CARRY, SATURATE)
-        byte = tl.where(tl.max(absmax, axis=2) >= 85070591730234615865843651857942052864.0, 0, byte)
         factor, g = terms.factors(byte, terms.FOLDED)
         absmax = absmax * factor[:, :, None]
     code = code_of(absmax, CARRY)

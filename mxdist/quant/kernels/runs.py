@@ -11,9 +11,12 @@ import triton.language as tl
 
 from mxdist.quant.kernels.device import (
     code_of,
+    noise_of,
+    philox_words,
     power_of_two,
     round_nearest,
     round_random,
+    scale_of,
     spread_codes,
     static_factor,
     unit_of,
@@ -70,14 +73,9 @@ def _noise(seed, stream, row, call, first_call, calls_per_row, COLS: tl.constexp
     noise = ()
     for i in tl.static_range(4):
         counter = rows[None, :] * calls_per_row + (first_call + call + 4 * tl.arange(0, 4) + i)[:, None]
-        low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
-        words = tl.philox(seed, low, high, (high * 0 + stream).to(tl.uint32), high * 0)
+        words = philox_words(seed, counter, stream, 0)
         for j in tl.static_range(4):
-            # 16 bits become a float in [1, 2) by their place in its mantissa: converting integers is slow.
-            noise += (
-                (((words[j] << 7) & 0x7FFF80) | 0x3F800040).to(tl.float32, bitcast=True) - 1.0,
-                (((words[j] >> 9) & 0x7FFF80) | 0x3F800040).to(tl.float32, bitcast=True) - 1.0,
-            )
+            noise += (noise_of(words[j] << 7), noise_of(words[j] >> 9))
     return noise
 
 
@@ -126,9 +124,7 @@ def quantise_runs(
     inside = (c < columns)[:, None] & (r < tl.cdiv(rows, 128) * 128)[None, :]
     tl.store(data + c.to(tl.int64)[:, None] * data_stride + r[None, :], y, mask=inside)
 
-    value = power_of_two(unit)
-    if MACRO_BITS > 0:
-        value = value * tl.div_rn(tl.full(tile_factor.shape, 1.0, tl.float32), tile_factor)
+    value = scale_of(unit, tile_factor if MACRO_BITS > 0 else 1.0, MACRO_BITS > 0)
     if SCALES == TILES:
         tl.store(scale + (row // 128).to(tl.int64) * scale_stride + c, value, mask=c < columns)
     else:

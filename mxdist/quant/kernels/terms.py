@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from mxdist.quant.kernels.device import (
+    MACRO_LIMIT,
     block_maxima,
     code_of,
     power_of_two,
@@ -20,10 +21,18 @@ from mxdist.quant.kernels.device import (
     round_random,
     spread_codes,
     static_factor,
+    uniform,
     unit_of,
 )
 
 NO_FACTOR, STATIC, SEARCHED, FOLDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+
+
+@triton.jit
+def tile_noise(seed, stream, purpose, row, tile, first_call, calls_per_row, ROWS: tl.constexpr):
+    """Noise [ROWS, 1, 4, 32] for the rows from `row` of a tile along K; see device.uniform."""
+    noise = uniform(seed, stream, purpose, row, tile * 16, first_call, calls_per_row, ROWS, 16)
+    return tl.reshape(noise, [ROWS, 1, 4, 32])
 
 
 @triton.jit
@@ -90,7 +99,7 @@ def search(blocks, absmax, METHOD: tl.constexpr, BITS: tl.constexpr, CARRY: tl.c
         better = (sums < best_error) | (byte == 0)
         best = tl.where(better, byte, best)
         best_error = tl.where(better, sums, best_error)
-    return best
+    return tl.where(tl.max(absmax, axis=2) >= MACRO_LIMIT, 0, best)
 
 
 @triton.jit
@@ -109,7 +118,6 @@ def first_term(
             byte, _ = static_factor(tile_max, BITS)
         else:
             byte = search(blocks, absmax, METHOD, BITS, CARRY, SATURATE)
-            byte = tl.where(tile_max >= 85070591730234615865843651857942052864.0, 0, byte)  # 2^126: f x stays finite
         f, g = factors(byte, METHOD)
         blocks = blocks * f[:, :, None, None]
         absmax = absmax * f[:, :, None]
@@ -136,3 +144,11 @@ def nibbles(y, code, unit):
     number = tl.where(magnitude < 1.0, (magnitude > 0.0).to(tl.int32), number) + tl.where(value < 0.0, 8, 0)
     low, high = tl.split(tl.reshape(number, [y.shape[0], y.shape[1], 4, 16, 2]))
     return (low | (high << 4)).to(tl.uint8)
+
+
+@triton.jit
+def e2m1_values(codes):
+    """The float32 values of E2M1 codes 0..15, int32: 2, 3, 4, .. are 1, 1.5, 2, .. by their place in a float's bits."""
+    number = codes & 7
+    value = tl.where(number < 2, number.to(tl.float32) * 0.5, ((number + 252) << 22).to(tl.float32, bitcast=True))
+    return tl.where(codes > 7, -value, value)

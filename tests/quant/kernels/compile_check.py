@@ -29,6 +29,7 @@ from mxdist.quant.kernels import (
     quant_tiles,
     quant_weight,
     terms,
+    unpack,
 )
 
 CEIL = 0x3FFFFF
@@ -82,6 +83,7 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
         ("packed, searched and fallback", searched | {"PACK": True}),
     ):
         yield name, quant_terms._kernel, one | changed, warps
+    yield "unpacked", unpack._kernel, {"METHOD": terms.STATIC.value, "ROWS": 64}, 4
     rows, warps = quant_residual.SHAPE
     one = plain | {"ROWS": rows, "RANDOM": False, "LISTED": True, "BITS": 8, "METHOD": terms.STATIC.value}
     yield "listed tiles", quant_residual._kernel, one, warps
@@ -104,7 +106,7 @@ def compile_kernel(kernel: Any, constants: dict[str, object], warps: int, arch: 
         if name in signature:
             signature[name] = "*u8" if constants["GROUP"] == 32 else "*fp8e4nv"
     signature |= dict.fromkeys(constants, "constexpr")
-    sizes = {n for n in names if "stride" in n or n in ("columns", "width", "half", "n", "k")}
+    sizes = {n for n in names if "stride" in n or n in ("columns", "half", "n", "k") or n.endswith("width")}
     multiples = sizes | {n for n in names if signature[n].startswith("*")}
     aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in multiples}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)

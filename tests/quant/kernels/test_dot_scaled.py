@@ -11,13 +11,15 @@ from mxdist.quant.format import e2m1_decode_packed
 from mxdist.quant.kernels.dot_scaled import matmul, operand_of
 from mxdist.quant.recipe import Fallback, Macro, Operand
 from mxdist.quant.reference import quantise
-from tests.quant.kernels.data import matrix
+from tests.quant.kernels.data import DEVICE, matrix
 
 PLAIN, FOLDED = Operand(), Operand(macro=Macro(method="folded"), scale_rule="even")
 
 
 @pytest.mark.parametrize("operand", [PLAIN, FOLDED], ids=["mxfp4", "nvfp4"])
 def test_products_are_those_of_the_oracles_values(operand: Operand) -> None:
+    if operand is FOLDED and DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (10, 0):
+        pytest.skip("Triton 3.6 compiles NVFP4 products for Blackwell only")
     a, b = quantise(matrix(70, 256), operand), quantise(matrix(40, 256, seed=1), operand)
     wanted = a.dequantise().double() @ b.dequantise().double().t()
     got = matmul(operand_of(a), operand_of(b), torch.float32)

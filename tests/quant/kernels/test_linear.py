@@ -50,8 +50,9 @@ def test_output_and_gradients_are_the_references(recipe: Recipe, as_values: bool
 
     ours = run(kernel_linear, weight_q, choice, dtype=torch.float32)
     theirs = run(reference.reference_linear, values.double(), dtype=torch.float64)
+    near = 3e-4 if DEVICE.type == "cuda" else 1e-6  # a tensor core's products lose terms below 14 bits
     for name, got, wanted in zip(("y", "dx", "dw", "db"), ours, theirs, strict=True):
-        assert (got.double() - wanted).norm() <= 1e-6 * wanted.norm(), name
+        assert (got.double() - wanted).norm() <= near * wanted.norm(), name
 
 
 def test_the_public_linear_uses_the_reference_where_there_is_no_hopper_gpu() -> None:

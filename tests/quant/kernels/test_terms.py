@@ -8,8 +8,10 @@ import torch
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from mxdist.quant import reference
+from mxdist.quant.e4m3 import to_e4m3
 from mxdist.quant.kernels import quant_terms
 from mxdist.quant.kernels.options import UnsupportedOperandError
+from mxdist.quant.kernels.unpack import unpack
 from mxdist.quant.philox import Draw
 from mxdist.quant.recipe import Fallback, Macro, Operand
 from mxdist.quant.transform import Frozen
@@ -98,3 +100,21 @@ def test_leading_axes_views_other_dtypes_and_empty_tensors_are_right() -> None:
 def test_an_operand_beyond_the_kernels_names_the_backend_that_does_it(operand: Operand, message: str) -> None:
     with pytest.raises(UnsupportedOperandError, match=f"{message}.*reference backend"):
         quant_terms.quantise(matrix(32, 128), operand)
+
+
+@pytest.mark.parametrize("macro", [None, STATIC, SEARCHED, FOLDED], ids=str)
+def test_packed_bytes_become_the_references_bytes_of_e4m3(macro: Macro | None) -> None:
+    mx = reference.quantise(matrix(70, 200, spread=2.0), Operand(macro=macro))
+    got, (data, scale) = unpack(mx), to_e4m3(mx)
+    assert torch.equal(got.data.view(torch.uint8), data.view(torch.uint8))
+    assert torch.equal(got.scale, scale)
+
+
+def test_bytes_that_no_tile_of_e4m3_holds_are_refused() -> None:
+    x = matrix(4, 256)
+    for operand in (Operand(fallback=FALLBACK), Operand(block=16), Operand(macro=Macro(size=64))):
+        with pytest.raises(ValueError, match="one term"):
+            unpack(reference.quantise(x, operand))
+    x[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="NaN blocks"):
+        unpack(reference.quantise(x, Operand(), nonfinite="propagate"))
