@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mxdist.config.model_costs import LEAST_OBJECT_STORE, object_store_bytes
-from mxdist.config.schema import Config
+from mxdist.config.schema import Config, RunConfig
 from mxdist.doctor.findings import Finding, failure, ok, warning
 from mxdist.doctor.memory import element_bytes, sync_bytes
 from mxdist.doctor.model_size import engine
@@ -18,6 +18,15 @@ def checkpoint_bytes(config: Config) -> int:
     """Model and optimizer, as Megatron writes them."""
     element = element_bytes(config)
     return engine(config).total * (element + (12 if element < 4 else 8))
+
+
+def checkpoints_at_once(run: RunConfig) -> int:
+    """The most that lie on the disk: those that are kept, and the one that is being written."""
+    steps = sorted({0, run.steps, *range(0, run.steps, run.checkpoint_every or run.steps)})
+    if not run.keep_checkpoints:
+        return len(steps)
+    newest = min(run.keep_checkpoints + 1, len(steps))
+    return newest + sum(run.keep_every > 0 and step % run.keep_every == 0 for step in steps[:-newest])
 
 
 def existing_parent(path: Path) -> Path:
@@ -59,15 +68,14 @@ def check_disk(free: int, writable: bool, folder: Path, config: Config | None) -
     shown = f"{free / GIB:.1f} GiB free in {folder}"
     if config is None:
         return ok("disk", shown)
-    one, every = checkpoint_bytes(config), config.run.checkpoint_every
-    count = 1 + (config.run.steps // every if every else 0)
+    one, count = checkpoint_bytes(config), checkpoints_at_once(config.run)
     if free < one:
         return failure("disk", f"{shown}; a checkpoint is {one / GIB:.1f} GiB", "choose another run.dir or free space")
     if free < count * one:
         return warning(
             "disk",
             f"{shown}; {count} checkpoints are {count * one / GIB:.1f} GiB",
-            "raise run.checkpoint_every, choose another run.dir or free space",
+            "lower run.keep_checkpoints, raise run.checkpoint_every, choose another run.dir or free space",
         )
     return ok("disk", f"{shown}; {count} checkpoint{'s' if count > 1 else ''} of {one / GIB:.2f} GiB")
 

@@ -142,6 +142,23 @@ def test_little_shared_memory_is_said(tmp_path: Path) -> None:
     assert machine.check_shared_memory(16 * GIB, joined, on_gpu=True).status == "ok"
 
 
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"steps": 100}, 2),  # that of the start, and that of the end
+        ({"steps": 100, "checkpoint_every": 10}, 3),  # the newest two stay until the third is complete
+        ({"steps": 100, "checkpoint_every": 10, "keep_checkpoints": 0}, 11),
+        (
+            {"steps": 100, "checkpoint_every": 10, "keep_checkpoints": 1, "keep_every": 30},
+            2 + 3,
+        ),  # 0, 30 and 60, 90 and 100
+        ({"steps": 5, "checkpoint_every": 10, "keep_checkpoints": 4}, 2),
+    ],
+)
+def test_as_many_checkpoints_are_counted_as_lie_on_the_disk_at_once(settings: dict[str, int], count: int) -> None:
+    assert machine.checkpoints_at_once(RunConfig(**settings)) == count
+
+
 @pytest.mark.parametrize(("limit", "status"), [(256, "would fail"), (1024, "warning"), (65536, "ok")])
 def test_a_low_limit_of_open_files_is_said(limit: int, status: str) -> None:
     assert machine.check_open_files(limit).status == status
