@@ -8,7 +8,7 @@ one wins.
         ahead.*            batches sampled ahead of the learner and not yet trained on (``records``)
         learner/           Megatron's distributed checkpoint, and the random state of each rank
 
-A checksum tells damage, not malice: Megatron's metadata is a pickle, so load checkpoints of your own runs only.
+A checksum tells damage, not malice; against malice ``model.checkpoint_reader`` opens what Megatron pickles.
 """
 
 import hashlib

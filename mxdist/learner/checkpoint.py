@@ -6,31 +6,32 @@ import json
 import os
 import signal
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
+from megatron.core.dist_checkpointing.strategies.checkpointable import CheckpointableShardedTensor, LocalShardsContainer
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from torch.distributed.checkpoint import CheckpointException
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
 
 from mxdist.errors import CheckpointFailed, UserError
 from mxdist.learner import random_state
+from mxdist.learner.pieces import Piece, pieces
 from mxdist.learner.policy import Policy
+from mxdist.model.checkpoint_reader import CheckpointReader, read_common
 from mxdist.model.quantised_weight import forget, requantise
 from mxdist.model.shape import ModelShape
 
 SHAPE_FILE = "model_shape.json"
-SHARDING = "fully_reshardable"
 PROBE_BYTES = 1 << 20
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -38,8 +39,9 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 class Saver:
     """Writes the checkpoints of one learner rank while it goes on training; every method is collective.
 
-    ``begin`` takes what the checkpoint is to hold and forks a process that writes it: the child's memory is the state
-    of that moment (of tensors on a GPU it is given copies). What is planned for the first is kept for the others.
+    ``begin`` forks a process that writes: the child's memory is the state of that moment (tensors on a GPU are copied
+    to the host first). From the second save on, the plan is the first's, and no rank asks another for anything but
+    whether it can write.
     """
 
     def __init__(self, policy: Policy, shape: ModelShape) -> None:
@@ -51,30 +53,37 @@ class Saver:
             do_cache_distribution=True,
         )
         self._writers = AsyncCallsQueue(persistent=False)
+        self._pieces: list[Piece] = []
         self._begun = 0
 
     def begin(self, directory: Path) -> None:
-        """Start to write into the existing, empty ``directory``.
+        """Start to write into the existing, empty ``directory``, when what was begun before is finished.
 
         Raises:
             CheckpointFailed: it cannot be written, on all ranks.
         """
-        _raise_unless_writable(directory)
-        state = {**_sharded_state(self._policy, is_loading=False), "step": self._policy.updates}
+        if self._writers.get_num_unfinalized_calls():
+            raise RuntimeError("a checkpoint is begun while another is being written")
+        self._write_small_files(directory)
+        self._pieces = self._pieces or list(pieces(self._policy))
+        state = {str(number): piece.place for number, piece in enumerate(self._pieces)}
         request = dist_checkpointing.save(
-            state,
+            {**state, "step": self._policy.updates},
             str(directory),
             self._strategy,
             validate_access_integrity=self._begun == 0,
             async_sharded_save=True,
         )
         if request.async_fn is not None:
-            request = request._replace(async_fn=partial(_in_child, request.async_fn))
+            rank, buckets, results = request.async_fn_args
+            buckets = _with_values(buckets, {piece.index: piece.values() for piece in self._pieces})
+            request = request._replace(
+                async_fn=partial(_in_child, request.async_fn),
+                async_fn_args=[rank, buckets, results],
+                preload_fn=None,
+            )
         self._writers.schedule_async_request(request)
         self._begun += 1
-        random_state.save(directory)
-        if torch.distributed.get_rank() == 0:
-            (directory / SHAPE_FILE).write_text(json.dumps(_description(self._shape), indent=2) + "\n")
 
     def finished(self, wait: bool) -> bool:
         """Whether all ranks have written what they began. ``wait`` until they have.
@@ -92,6 +101,43 @@ class Saver:
             raise CheckpointFailed(f"the learner's checkpoint could not be written: {max(reasons)}") from None
         return not self._writers.get_num_unfinalized_calls()
 
+    def _write_small_files(self, directory: Path) -> None:
+        """CheckpointFailed on all ranks when any of them cannot write: alone, it would leave the others waiting."""
+        reason = ""
+        try:
+            random_state.save(directory)
+            if torch.distributed.get_rank() == 0:
+                (directory / SHAPE_FILE).write_text(json.dumps(_description(self._shape), indent=2) + "\n")
+            with tempfile.TemporaryFile(dir=directory) as probe:
+                probe.write(bytes(PROBE_BYTES))
+                probe.flush()  # not as far as the disk, for which training would stand still
+        except OSError as error:
+            reason = f"{error.strerror} in {directory}"
+        except SafetensorError as error:
+            reason = f"{error} in {directory}"
+        failures = torch.tensor(int(bool(reason)), device="cuda" if torch.cuda.is_available() else "cpu")
+        torch.distributed.all_reduce(failures)
+        if failures:
+            raise CheckpointFailed(f"the learner's checkpoint could not be written: {reason or 'see another rank'}")
+
+
+def _with_values(buckets: list[Any], values: dict[tuple[str, tuple[int, ...]], torch.Tensor]) -> list[Any]:
+    """What Megatron's writer has planned to write, [(file, name, (objects, tensors))], with the values in the places
+    of the tensors: on the host from now on, and each copied out of what it is a view of when its turn comes."""
+
+    def on_host(item: Any) -> torch.Tensor:
+        return values[item.index.fqn, tuple(item.index.offset)].to("cpu", non_blocking=True)
+
+    staged = [
+        (file, name, (objects, [(item, on_host(item)) for item, _ in planned]))
+        for file, name, (objects, planned) in buckets
+    ]
+    torch.cuda.synchronize()
+    return [
+        (file, name, (objects, ((item, tensor.clone()) for item, tensor in tensors)))
+        for file, name, (objects, tensors) in staged
+    ]
+
 
 def _in_child(write: Callable[..., None], *arguments: Any, **options: Any) -> None:
     """Write in the forked process, which must not outlive or impersonate its parent.
@@ -106,22 +152,6 @@ def _in_child(write: Callable[..., None], *arguments: Any, **options: Any) -> No
     write(*arguments, **options)
 
 
-def _raise_unless_writable(directory: Path) -> None:
-    """CheckpointFailed on all ranks when any of them cannot write: alone, it would leave the others waiting."""
-    reason = ""
-    try:
-        with tempfile.TemporaryFile(dir=directory) as probe:
-            probe.write(bytes(PROBE_BYTES))
-            probe.flush()
-            os.fsync(probe.fileno())
-    except OSError as error:
-        reason = f"{error.strerror} in {directory}"
-    failures = torch.tensor(int(bool(reason)), device="cuda" if torch.cuda.is_available() else "cpu")
-    torch.distributed.all_reduce(failures)
-    if failures:
-        raise CheckpointFailed(f"the learner's checkpoint could not be written: {reason or 'see another rank'}")
-
-
 def load(directory: Path, policy: Policy, shape: ModelShape) -> None:
     """Replace the weights and the optimizer's state.
 
@@ -132,45 +162,24 @@ def load(directory: Path, policy: Policy, shape: ModelShape) -> None:
         UserError: the checkpoint is of a model of another shape.
     """
     _raise_if_other_model(directory, shape)
+    step = read_common(directory)["step"]
+    reader = CheckpointReader(directory)
+    reader.read_metadata()  # refused by all ranks alike, before any of them waits for another
     with torch.no_grad():
         forget(policy.model)
-        strategy = FullyParallelLoadStrategyWrapper(
-            get_default_load_sharded_strategy(str(directory)), _data_parallel_group()
+        targets: dict[str, list[CheckpointableShardedTensor]] = defaultdict(list)
+        for piece in pieces(policy):
+            target = replace(piece.place, data=piece.values())
+            targets[piece.place.key].append(CheckpointableShardedTensor.from_sh_ten(target))
+        torch.distributed.checkpoint.load(
+            {key: LocalShardsContainer(boxes) for key, boxes in targets.items()},
+            storage_reader=reader,
+            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
         )
-        state = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(directory), strategy)
-        policy.model.load_state_dict(state["model"])
-        for index, part in enumerate(policy.optimizer.chained_optimizers):
-            settings = part.state_dict()["optimizer"]
-            for group in settings["param_groups"]:
-                group["step"] = state["step"]
-            part.load_state_dict(
-                {"optimizer": settings, "param_state": state["optimizer"][index], "param_state_sharding_type": SHARDING}
-            )
+        for group in policy.optimizer.param_groups:
+            group["step"] = step
         requantise(policy.model)
     random_state.load(directory)
-
-
-def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
-    """The tensors, as Megatron divides them.
-
-    Of the optimizer only its tensors: with expert parallelism Megatron chains two optimizers, without it there is
-    one, and the rest of their state would tie a checkpoint to the one or the other.
-    """
-    metadata = {
-        "distrib_optim_sharding_type": SHARDING,
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "singleton_local_shards": False,
-        "dp_cp_group": _data_parallel_group(),
-    }
-    model = policy.model.sharded_state_dict(metadata=metadata)
-    parts = policy.optimizer.chained_optimizers
-    return {
-        "model": model,
-        "optimizer": {
-            index: part.sharded_state_dict(model, is_loading, metadata=metadata)["param_state"]
-            for index, part in enumerate(parts)
-        },
-    }
 
 
 def _data_parallel_group() -> torch.distributed.ProcessGroup:

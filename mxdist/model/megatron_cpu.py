@@ -17,8 +17,6 @@ What it replaces, and why (files relative to megatron/core):
     the name torch in the modules of          they create scalars and masks with device="cuda". (torch's extension point
       ``_with_cuda_literals``                 for this, a TorchFunctionMode, costs 10 % of every forward and backward
                                               pass and holds for one thread only.)
-    ShardedTensor.init_data                   exchange_utils.py asks for buffers on "cuda" when data-parallel ranks
-                                              share the reading of a checkpoint
     random._get/_set_cuda_rng_state           the same generator, reached through torch._C
     token_dispatcher.maybe_move_tensor_to_cpu the split sizes of an all-to-all must be numbers, and a tensor that is on
                                               the CPU already is passed on as it is
@@ -234,14 +232,11 @@ def _import_megatron() -> None:
 
 
 def _replace_in_megatron() -> None:
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
 
     for module in _with_cuda_literals():
         module.torch = HostTorch()
-    init_data = ShardedTensor.init_data
-    ShardedTensor.init_data = lambda self, device, *args: init_data(self, "cpu", *args)  # noqa: ARG005
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # noqa: ARG005
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # noqa: ARG005
 
@@ -263,13 +258,12 @@ def _replace_torch_optimizer() -> None:
 
 def _with_cuda_literals() -> list[Any]:
     from megatron.core import utils
-    from megatron.core.dist_checkpointing import exchange_utils
     from megatron.core.dist_checkpointing.strategies import state_dict_saver
     from megatron.core.optimizer import clip_grads, optimizer
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.transformer import utils as transformer_utils
 
-    return [clip_grads, exchange_utils, optimizer, schedules, state_dict_saver, transformer_utils, utils]
+    return [clip_grads, optimizer, schedules, state_dict_saver, transformer_utils, utils]
 
 
 def _define_missing_name() -> None:

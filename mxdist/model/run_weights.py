@@ -79,6 +79,8 @@ class RunWeights:
         try:
             self._open_reader()
             self.shape = _shape(folder / SHAPE_FILE)
+        except UserError:
+            raise
         except OSError as error:
             raise UserError(f"the checkpoint {folder} cannot be read: {error}; choose another") from None
         except Exception as error:  # whatever unpickling a damaged file may raise
@@ -118,10 +120,11 @@ class RunWeights:
         return target.view(sizes[len(index) :])
 
     def _open_reader(self) -> None:
-        from torch.distributed.checkpoint import FileSystemReader
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-        self._reader = FileSystemReader(self.folder)
+        from mxdist.model.checkpoint_reader import CheckpointReader
+
+        self._reader = CheckpointReader(self.folder)
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         tensors = metadata.state_dict_metadata.items()

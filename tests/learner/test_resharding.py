@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mxdist.config.schema import Supervised
+from mxdist.model.checkpoint_reader import CheckpointReader
 from tests.learner.batches import random_batch
 from tests.model.ranks import MOE, RankProcesses
 
@@ -24,7 +24,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def stored(directory: Path) -> dict[str, bytes]:
     """Every tensor of a checkpoint."""
-    reader = FileSystemReader(directory)
+    reader = CheckpointReader(directory)
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
