@@ -12,6 +12,7 @@ from torch import Tensor
 from mxdist.quant.fallback import choose_tiles, tile_maxima
 from mxdist.quant.kernels import quant_terms
 from mxdist.quant.kernels.forms import Form
+from mxdist.quant.kernels.quant_norm import quantise_norm
 from mxdist.quant.kernels.quant_residual import quantise_with_residual
 from mxdist.quant.kernels.quant_rows import quantise_rows
 from mxdist.quant.kernels.quant_tiles import quantise_tiles
@@ -113,6 +114,13 @@ def _terms(x: Tensor, free: dict[str, Any]) -> Iterator[tuple[str, float, Callab
         wanted = fake_quantise(few, _LISTED, frozen=frozen)
         return bool(((total.flatten(1) - wanted).abs() <= wanted.abs() * 2.0**-22).all())  # their sum is rounded
 
+    gain = torch.ones(x.shape[1], device=x.device, dtype=x.dtype)
+
+    def normed() -> bool:
+        got, inverse = quantise_norm(few, gain, 1e-6, _PLAIN)
+        return torch.equal(got.dequantise(), fake_quantise(few.float() * inverse[:, None], _PLAIN))
+
+    yield "tiles by row of RMSNorm", 3 + 4 / 128, lambda: quantise_norm(x, gain, 1e-6, _PLAIN, **free), normed
     yield (
         "tiles by row, macro factors, OF of 5 % listed", 3 + 4 / 128 + share * (1 + 4 / 128),
         lambda: quantise_with_residual(x, _LISTED, frozen.tiles, **free), listed,

@@ -7,6 +7,7 @@
     quant_rows    one scale per row
     quant_tiles   one scale per 1 x 128 tile, along rows, along columns, or both
     quant_both    both from one read of device memory
+    quant_norm    RMSNorm with the quantiser of its result
     quant_weight  weights: one rounding, W and W^T
     terms         both terms of an operand with outlier fallback, every macro method
     quant_terms   those as values, and as packed bytes: nibbles, E8M0 codes, macro bytes

@@ -23,6 +23,7 @@ from mxdist.quant.kernels import (
     dot_scaled,
     quant_both,
     quant_experts,
+    quant_norm,
     quant_residual,
     quant_rows,
     quant_terms,
@@ -38,9 +39,9 @@ POINTERS = {
     "scale": "*fp32", "scale_t": "*fp32", "x": "*bf16", "map": "*fp32", "table": "*i32",
     "listed": "*i32", "slots": "*i32", "values": "*bf16", "codes": "*u8", "scales": "*u8", "macro": "*u8",
     "residual_codes": "*u8", "residual_scales": "*u8", "a": "*u8", "b": "*u8", "a_factor": "*fp32", "b_factor": "*fp32",
-    "c": "*bf16",
+    "c": "*bf16", "weight": "*bf16", "inverse": "*fp32",
 }  # fmt: skip
-NUMBERS = {"alpha": "fp32", "threshold": "fp32", "seed": "i64", "seed_t": "i64"}
+NUMBERS = {"alpha": "fp32", "epsilon": "fp32", "threshold": "fp32", "seed": "i64", "seed_t": "i64"}
 
 
 def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
@@ -83,6 +84,10 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
         ("packed, searched and fallback", searched | {"PACK": True}),
     ):
         yield name, quant_terms._kernel, one | changed, warps
+    rows, columns, warps = quant_norm.SHAPE
+    normed = plain | {"ROWS": rows, "COLS": columns, "RANDOM": False}
+    yield "norm", quant_norm._kernel, normed | {"MACRO_BITS": 0}, warps
+    yield "norm, macro factors", quant_norm._kernel, normed | {"MACRO_BITS": 8}, warps
     yield "unpacked", unpack._kernel, {"METHOD": terms.STATIC.value, "ROWS": 64}, 4
     rows, warps = quant_residual.SHAPE
     one = plain | {"ROWS": rows, "RANDOM": False, "LISTED": True, "BITS": 8, "METHOD": terms.STATIC.value}
