@@ -16,10 +16,10 @@ import torch
 import triton
 
 from mxdist.quant.kernels.plan import device_lacks
-from tools.bench import gemms, layers, quantisers
+from tools.bench import gemms, layers, peers, quantisers
 from tools.bench.timing import Row, measure_ceilings
 
-TABLES = {"quantisers": quantisers.rows, "gemms": gemms.rows, "layers": layers.rows}
+TABLES = {"quantisers": quantisers.rows, "gemms": gemms.rows, "layers": layers.rows, "peers": peers.rows}
 
 
 def main() -> None:
@@ -43,6 +43,8 @@ def main() -> None:
         for row in TABLES[table](ceilings):
             rows.append(row)
             print(row.line(), flush=True)
+    for peer, reason in peers.absent.items():
+        print(f"no row of {peer}: {reason}")
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python -m tools.bench.run " + " ".join(sys.argv[1:]),
@@ -52,6 +54,7 @@ def main() -> None:
         "copy_tb_per_s": ceilings.copy,
         "fp8_tflops": ceilings.fp8,
         "bf16_tflops": ceilings.bf16,
+        "absent": peers.absent,
         "rows": [row.as_dict() for row in rows],
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
