@@ -17,7 +17,7 @@ import typer
 from mxdist import __version__
 from mxdist.config import Config, load_config
 from mxdist.errors import RunStopped, UserError
-from mxdist.observe.run_directory import CONFIG_FILE
+from mxdist.observe.run_directory import CONFIG_FILE, require_run
 from mxdist.observe.third_party_output import quieten_third_party
 
 INTERRUPTED = 130
@@ -90,6 +90,8 @@ def evaluate(
 
     Every answer goes into eval/ of the run directory.
     """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give the directory of a run, or a configuration file")
     if path.is_dir() and not (path / CONFIG_FILE).is_file() and (path / "config.json").is_file():
         raise UserError(f"{path} is a model without a task; give a configuration: mxdist eval CONFIG model.path={path}")
     _protect_ray(_check_run(path, settings) if path.is_dir() else load_config(path, settings or []))
@@ -174,7 +176,7 @@ def export(
     ] = "bf16",
 ) -> None:
     """Write the newest checkpoint as a Hugging Face directory."""
-    _require_run(run_dir)
+    require_run(run_dir)
     from mxdist.control import exporting
 
     exporting.export(run_dir, out_dir, form)
@@ -231,10 +233,5 @@ def _protect_ray(config: Config) -> None:
 
 def _check_run(run_dir: Path, settings: list[str] | None) -> Config:
     """Find mistakes in the settings before the heavy imports."""
-    _require_run(run_dir)
+    require_run(run_dir)
     return load_config(run_dir / CONFIG_FILE, settings or [])
-
-
-def _require_run(run_dir: Path) -> None:
-    if not (run_dir / CONFIG_FILE).is_file():
-        raise UserError(f"{run_dir} holds no run (no {CONFIG_FILE} in it); give the directory that 'mxdist train' made")

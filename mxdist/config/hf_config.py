@@ -29,6 +29,11 @@ _COPIED_WITH_EXPERTS = ("num_experts_per_tok", "moe_intermediate_size")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
+def is_hub_name(text: str) -> bool:
+    """Whether it has the form of a name on the hub, owner/name, and is no path below a folder that is here."""
+    return _HUB_NAME.fullmatch(text) is not None and not Path(text).parent.exists()
+
+
 def model_directory(path: str, only: Sequence[str] | None = None) -> Path:
     """The local directory of ``model.path``; a hub name is downloaded (and found again in the hub's cache).
 
@@ -40,7 +45,7 @@ def model_directory(path: str, only: Sequence[str] | None = None) -> Path:
     directory = Path(path).expanduser()
     if directory.is_dir():
         return directory
-    if not _HUB_NAME.fullmatch(path) or directory.parent.is_dir():
+    if not is_hub_name(path):
         raise UserError(
             f"model.path={path} is no directory; give one with config.json and safetensors, or a Hugging Face hub name"
         )
@@ -87,6 +92,11 @@ def _refuse_unsupported(found: Mapping[str, Any], file: Path) -> None:
             f"{file} is of architecture {architectures[0]}, which is not supported; supported are "
             f"{', '.join(SUPPORTED)}"
         )
+    if "quantization_config" in found:
+        raise UserError(
+            f"{file} says that its weights are quantised already (quantization_config); give the checkpoint in BF16, "
+            f"which is what 'mxdist export' writes without --form mxfp4"
+        )
     rope = found.get("rope_scaling") or found.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     family = SUPPORTED[architectures[0]]
@@ -97,7 +107,6 @@ def _refuse_unsupported(found: Mapping[str, Any], file: Path) -> None:
         "attention_bias": family == "qwen3" and bool(found.get("attention_bias")),
         "mlp_only_layers": bool(found.get("mlp_only_layers")),
         "decoder_sparse_step other than 1": found.get("decoder_sparse_step", 1) != 1,
-        "quantization_config": "quantization_config" in found,
     }
     for name, used in features.items():
         if used:

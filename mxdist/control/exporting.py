@@ -27,14 +27,13 @@ from mxdist.model.linear_names import linear_names
 from mxdist.model.packed_checkpoint import quantisation_config
 from mxdist.model.recipes import ModelRecipes, model_recipes
 from mxdist.model.run_weights import SHAPE_FILE, RunWeights
-from mxdist.observe.run_directory import CONFIG_FILE
+from mxdist.observe.run_directory import CONFIG_FILE, TOKENIZER
 from mxdist.quant.backend import quantise
 from mxdist.quant.recipe import Operand
 from mxdist.quant.tensor import part_shapes
 
 Form = Literal["bf16", "mxfp4"]
 SHARD_BYTES = 4 << 30
-TOKENIZER = "tokenizer"  # folder of a run directory; generation_config.json lies in it as well, if the model had one
 
 
 def export(run_dir: Path, out: Path, form: Form, shard_bytes: int = SHARD_BYTES) -> None:

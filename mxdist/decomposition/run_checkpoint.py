@@ -15,8 +15,8 @@ from mxdist.decomposition.source import Read, Source, StoredTensor
 from mxdist.errors import UserError
 from mxdist.model.checkpoint_files import Region
 from mxdist.model.run_weights import METADATA_FILE, RunWeights
+from mxdist.observe.run_directory import CONFIG_FILE
 
-CONFIG_FILE = "config.yaml"
 LEARNER_FOLDER = "learner"
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -8,6 +8,7 @@ from mxdist.doctor.findings import Finding, failure, ok
 from mxdist.errors import UserError
 from mxdist.model.checkpoint_contents import open_checkpoint
 from mxdist.model.shape import ModelShape
+from mxdist.tasks.question_files import find_file
 
 CONNECT_SECONDS = 5.0
 HUB = ("huggingface.co", 443)
@@ -34,12 +35,11 @@ def check_data(config: Config, hub: tuple[str, int] = HUB) -> Finding:
         return ok("data", f"{config.data.task}, made by the task")
     for key in ("train", "eval"):
         source = getattr(config.data, key)
-        path = Path(source).expanduser()
-        if path.is_file():
-            continue
-        if path.suffix in (".jsonl", ".json") or path.parent.parent != Path("."):
-            return failure(f"data.{key}", f"{source} does not exist", "give the path of a JSON-lines file")
-        if not _answers(*hub):
+        try:
+            file = find_file(source, f"data.{key}")
+        except UserError as error:
+            return _failure("data", error)
+        if file is None and not _answers(*hub):
             return failure(
                 f"data.{key}",
                 f"{source} is no file here, and {hub[0]} does not answer",

@@ -15,7 +15,7 @@ from mxdist.errors import UserError
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = "lock"
-TOKENIZER = "tokenizer"  # folder
+TOKENIZER = "tokenizer"  # folder; generation_config.json lies in it as well, if the model had one
 
 
 class RunDirectory:
@@ -58,10 +58,7 @@ class RunDirectory:
             UserError: it holds no run, or is in use.
         """
         path = path.expanduser().absolute()
-        if not (path / CONFIG_FILE).is_file():
-            raise UserError(
-                f"{path} holds no run (no {CONFIG_FILE} in it); give the directory that 'mxdist train' made"
-            )
+        require_run(path)
         try:
             return cls(path, _lock(path))
         except OSError as error:
@@ -98,6 +95,12 @@ class RunDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.release()
+
+
+def require_run(path: Path) -> None:
+    """UserError when ``path`` is not the directory of a run."""
+    if not (path / CONFIG_FILE).is_file():
+        raise UserError(f"{path} holds no run (no {CONFIG_FILE} in it); give the directory that 'mxdist train' made")
 
 
 def new_directory(name: str) -> Path:

@@ -1,14 +1,13 @@
 """Questions with worked answers: from a JSON-lines file, or from a dataset on the Hugging Face hub."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mxdist.config.hf_config import is_hub_name
 from mxdist.errors import UserError
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_CONFIGURATION = "main"  # the one of openai/gsm8k
 
 
@@ -30,21 +29,30 @@ def read_questions(source: str, key: str, split: str) -> list[Question]:
     Raises:
         UserError: no such file, a malformed line, a missing field, nothing in it, or the hub cannot be read.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        questions = read_file(path, key, split)
-    elif path.is_dir():
-        raise UserError(f"{key}={source} is a directory; name the .jsonl file in it")
-    elif _HUB_NAME.fullmatch(source) and path.suffix not in (".jsonl", ".json") and not path.parent.exists():
-        questions = read_hub_dataset(source, key, split)
-    else:
-        raise UserError(
-            f"{key}={source} does not exist; give the path of a JSON-lines file, or a Hugging Face dataset name such "
-            f"as openai/gsm8k"
-        )
+    path = find_file(source, key)
+    questions = read_hub_dataset(source, key, split) if path is None else read_file(path, key, split)
     if not questions:
         raise UserError(f"{key}={source} holds no questions; give another file")
     return questions
+
+
+def find_file(source: str, key: str) -> Path | None:
+    """The file that a configuration key names; None for a name on the hub.
+
+    Raises:
+        UserError: it is neither.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UserError(f"{key}={source} is a directory; name the .jsonl file in it")
+    if path.suffix not in (".jsonl", ".json") and is_hub_name(source):
+        return None
+    raise UserError(
+        f"{key}={source} does not exist; give the path of a JSON-lines file, or a Hugging Face dataset name such "
+        f"as openai/gsm8k"
+    )
 
 
 def read_file(path: Path, key: str, split: str) -> list[Question]:

@@ -92,7 +92,8 @@ def test_what_cannot_be_evaluated_is_one_sentence(file: str, tmp_path: Path) -> 
     assert sentence.endswith(
         f"is a model without a task; give a configuration: mxdist eval CONFIG model.path={tmp_path}"
     )
-    assert "does not exist" in one_sentence(mxdist("eval", "none.yaml"))
+    sentence = "none does not exist; give the directory of a run, or a configuration file"
+    assert one_sentence(mxdist("eval", "none")) == sentence
     assert "did you mean run.seed?" in one_sentence(mxdist("eval", file, "run.sed=1"))
     sentence = one_sentence(mxdist("eval", file, "--samples", "4", "--temperature", "0", f"run.dir={tmp_path / 'run'}"))
     assert sentence.startswith("--samples 4 with --temperature 0 would give the same answer 4 times")

@@ -74,7 +74,7 @@ def test_a_key_that_contradicts_the_checkpoint_is_refused(tmp_path: Path) -> Non
         ({"auto_map": {"AutoModel": "x.Y"}}, "code of the checkpoint's own"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope of type yarn"),
         ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"quantization_config": {}}, "quantization_config"),
+        ({"quantization_config": {}}, "quantised already .* give the checkpoint in BF16"),
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
         ({"architectures": "Qwen2ForCausalLM"}, "holds a value of a kind that it cannot be .architectures is"),
         ({"rope_scaling": "yarn"}, r"config\.json holds a value of a kind that it cannot be"),
@@ -148,6 +148,13 @@ def test_experts_are_counted_and_weighted_as_the_checkpoint_says(tmp_path: Path)
     model = load(tmp_path, newer | {"num_local_experts": 4}).model
     assert (model.num_experts, model.norm_topk_prob) == (4, False)  # False: the default of transformers
     assert load(tmp_path, MOE).model.norm_topk_prob
+
+
+def test_expert_parallel_must_divide_the_experts(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"expert_parallel=3 does not divide model\.num_experts=8; choose a divisor of 8"
+    ):
+        load(tmp_path, MOE, "learner.ranks=3", "learner.expert_parallel=3")
 
 
 def test_tensor_parallel_must_divide_the_vocabulary(tmp_path: Path) -> None:

@@ -200,6 +200,7 @@ def test_data_that_is_not_there_fails(tmp_path: Path) -> None:
         assert check(str(tmp_path / "train.jsonl"), port).status == "ok"
         assert check("openai/gsm8k", port).status == "ok"
         assert check(str(tmp_path / "none.jsonl"), port).status == "would fail"
+        assert "is a directory" in check(str(tmp_path), port).text
     assert "does not answer" in check("openai/gsm8k", port).text
     assert inputs.check_data(Config()).status == "ok"
 
