@@ -35,6 +35,8 @@ class Gsm8kTask(Task):
         super().__init__(data.task, tokenizer, run_seed)
         self._template = template_for(data, tokenizer)
         examples = _Examples(training, data.few_shot, run_seed)
+        if data.few_shot:
+            self._require_room(training[0], examples, data.few_shot, context)
         self._training = _Prompts(training, "data.train", self._template, examples)
         self._eval = _Prompts(held_out, "data.eval", self._template, examples)
         self._where = {q.key: q.where for q in [*training, *held_out]}
@@ -43,6 +45,15 @@ class Gsm8kTask(Task):
         self._context = context
         self._fits = lengths <= context  # bool [training]
         self._fitting = np.flatnonzero(self._fits).tolist()
+
+    def _require_room(self, question: Question, examples: "_Examples", few_shot: int, context: int) -> None:
+        """Before all prompts are encoded, which takes minutes when the examples are many."""
+        [prompt] = self._template.prompts([(question, examples.before(question))])
+        if len(prompt) >= context:
+            raise UserError(
+                f"data.few_shot={few_shot} makes prompts of about {len(prompt)} tokens, more than the context of "
+                f"{context}; lower it, or raise model.max_position_embeddings or rollout.max_context"
+            )
 
     @property
     def training_size(self) -> int:

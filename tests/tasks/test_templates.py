@@ -119,6 +119,12 @@ def test_more_examples_than_questions_are_refused(tmp_path: Path) -> None:
 
 def test_a_prompt_too_long_for_its_examples_names_the_line_and_both_ways_out(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the prompt of .*jsonl line \d+ has \d+ tokens, .* or lower data\.few_shot$"):
+        task_of(tmp_path, few_shot=2, context=180)
+
+
+def test_examples_that_leave_no_context_are_refused_before_everything_is_encoded(tmp_path: Path) -> None:
+    sentence = r"data\.few_shot=16 makes prompts of about \d{3,} tokens, more than the context of 200; lower it"
+    with pytest.raises(UserError, match=sentence):
         task_of(tmp_path, few_shot=16, context=200)
 
 
