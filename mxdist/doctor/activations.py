@@ -24,10 +24,15 @@ class Pass:
     on_gpu: bool
 
 
+def element_bytes(config: Config) -> int:
+    """Of a number in the model's dtype."""
+    return 2 if config.model.dtype == "bfloat16" else FLOAT32
+
+
 def full_pass(config: Config, on_gpu: bool) -> Pass:
     tokens = max(config.learner.micro_batch_tokens, config.context)
     scored = tokens * min(config.rollout.max_new_tokens, config.context - 1) // config.context
-    return Pass(tokens, scored, 2 if config.model.dtype == "bfloat16" else FLOAT32, on_gpu)
+    return Pass(tokens, scored, element_bytes(config), on_gpu)
 
 
 def activation_bytes(config: Config, stage: int, on_gpu: bool) -> int:

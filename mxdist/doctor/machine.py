@@ -4,8 +4,9 @@ from pathlib import Path
 
 from mxdist.config.model_costs import LEAST_OBJECT_STORE, object_store_bytes
 from mxdist.config.schema import Config, RunConfig
+from mxdist.doctor.activations import element_bytes
 from mxdist.doctor.findings import Finding, failure, ok, warning
-from mxdist.doctor.memory import element_bytes, sync_bytes
+from mxdist.doctor.memory import sync_bytes
 from mxdist.doctor.model_size import engine
 
 MIB, GIB = 2**20, 2**30

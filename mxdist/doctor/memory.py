@@ -15,6 +15,7 @@ from mxdist.config.schema import Config
 from mxdist.doctor.activations import (
     FLOAT32,
     activation_bytes,
+    element_bytes,
     full_pass,
     quantising_bytes,
     recomputed_bytes,
@@ -42,10 +43,6 @@ class ProcessMemory:
     @property
     def largest(self) -> str:
         return max(self.items, key=lambda name: self.items[name])
-
-
-def element_bytes(config: Config) -> int:
-    return 2 if config.model.dtype == "bfloat16" else FLOAT32
 
 
 def learner_memory(config: Config, on_gpu: bool) -> list[ProcessMemory]:

@@ -1,5 +1,6 @@
 """The memory estimate against bytes of live tensors in learner ranks and engine weights, and against known sizes."""
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from mxdist.config import Config
+from mxdist.config.model_costs import parameters
 from mxdist.config.schema import LearnerConfig, ModelConfig, RolloutConfig
 from mxdist.doctor import activations, model_size
 from mxdist.doctor.activations import AT_ONCE
@@ -18,6 +20,7 @@ from mxdist.doctor.memory import engine_memory, learner_memory, sync_bytes
 from mxdist.doctor.model_size import engine, learner_stage, row_bytes
 from mxdist.learner import scoring
 from mxdist.model import quantised_weight
+from mxdist.model.shape import ModelShape
 from mxdist.quant import reference, scratch
 from mxdist.quant.recipe import PRESETS, Fallback, Macro, Operand
 from mxdist.quant.tensor import part_shapes
@@ -136,6 +139,18 @@ def test_live_bytes_sees_a_tensor_come_and_go() -> None:
 def test_the_models_have_the_numbers_their_names_say(tmp_path: Path) -> None:
     assert engine(load(DENSE, tmp_path)).total == 3_085_938_688 - 151936 % 64 * 2048
     assert engine(load(EXPERTS, tmp_path)).total == 30_532_122_624
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"family": "qwen2"}, {"num_experts": 8}], ids=str)
+def test_every_count_of_a_models_numbers_is_that_of_its_tensors(changes: dict[str, Any], tied: bool) -> None:
+    model = SMALL.model_copy(update={"tie_word_embeddings": tied, **changes})
+    config = Config(model=model, learner=LearnerConfig(ranks=1, expert_parallel=1))
+    tensors = ModelShape(model, 1024, 1, (2,), 0).tensor_shapes()
+    numbers = {name: math.prod(shape) for name, shape in tensors.items()}
+    assert engine(config).total == learner_stage(config, 0).total == sum(numbers.values())
+    small = (".bias", ".q_norm.weight", ".k_norm.weight")
+    assert parameters(model, 1024) == sum(count for name, count in numbers.items() if not name.endswith(small))
 
 
 @pytest.mark.parametrize(
