@@ -56,7 +56,7 @@ def evaluate(path: Path, samples: int, temperature: float | None, overrides: lis
             console.note(f"step {subject.step}, recipe {recipe}: {_in_a_line(task, scored, decoding)}")
         results = {recipe: estimates(task, scored, decoding) for recipe, scored in answers.items()}
         console.note(f"step {subject.step}, {len(task.eval_prompts())} problems, {decoding}")
-        for line in table(results, _differences(answers, decoding)):
+        for line in table(results, paired_differences(answers, decoding)):
             console.note(line)
         for file in files:
             console.note(f"answers: {file}")
@@ -128,7 +128,7 @@ def _in_a_line(task: Task, scored: list[ScoredGroup], decoding: Decoding) -> str
     )
 
 
-def _differences(answers: dict[str, list[ScoredGroup]], decoding: Decoding) -> dict[str, Estimate]:
+def paired_differences(answers: dict[str, list[ScoredGroup]], decoding: Decoding) -> dict[str, Estimate]:
     """The configured recipe less bf16, problem by problem: a far smaller error than that of two separate means."""
     if len(answers) < 2:
         return {}

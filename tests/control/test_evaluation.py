@@ -9,7 +9,7 @@ import pytest
 from mxdist.config.schema import ArithmeticData
 from mxdist.control.batch import ScoredGroup
 from mxdist.control.estimates import Estimate
-from mxdist.control.eval_command import table
+from mxdist.control.eval_command import paired_differences, table
 from mxdist.control.evaluation import Decoding, estimates
 from mxdist.messages import Group, Sample
 from mxdist.observe.evaluation_files import write_answers
@@ -46,13 +46,22 @@ def test_greedy_accuracy_is_reported_by_kind_of_problem_too() -> None:
 
 
 def test_sampled_answers_give_pass_at_k_and_the_majoritys_accuracy() -> None:
-    answers = [["right", "1", "right", "2"], ["1", "1", "right", "1"], ["1", "2", "3", "0"], ["right"] * 4]
+    answers = [["1", "right", "right", "2"], ["1", "1", "right", "1"], ["1", "2", "3", "0"], ["right"] * 4]
     found = estimates(TASK, scored(answers), Decoding(4, 1.0))
     assert [name for name in found if "," not in name] == ["pass@1", "pass@2", "pass@4", "maj@4"]
     assert found["pass@1"].value == pytest.approx((2 + 1 + 0 + 4) / 16)
     assert found["pass@2"].value == pytest.approx((5 / 6 + 1 / 2 + 0 + 1) / 4)
     assert found["pass@4"].value == 0.75
+    assert found["pass@2"].error == pytest.approx(np.std([5 / 6, 1 / 2, 0, 1], ddof=1) / 2)
     assert found["maj@4"].value == 0.5
+    assert found["maj@4"].error == pytest.approx((0.5 * 0.5 / 4) ** 0.5)
+
+
+def test_recipes_are_compared_problem_by_problem() -> None:
+    ours, plain = scored([["right"], ["1"], ["right"], ["1"]]), scored([["1"], ["1"], ["right"], ["1"]])
+    found = paired_differences({"mxfp4": ours, "bf16": plain}, Decoding())["accuracy"]
+    assert found.value == 0.25
+    assert found.error == pytest.approx(np.std([1, 0, 0, 0], ddof=1) / 2)
 
 
 def test_a_carry_is_told_from_none() -> None:

@@ -9,10 +9,13 @@ import torch
 
 from mxdist.config.schema import ModelConfig
 from mxdist.errors import UserError
+from mxdist.learner.worker import LearnerWorker
 from mxdist.messages import WeightPayload
+from mxdist.model.shape import ModelShape
 from mxdist.sync.payload import as_tensor
 from tests.model.checkpoints import config_of, rewrite, save_checkpoint, tensors_of
 from tests.model.ranks import DENSE, MOE, RankProcesses, shape_of
+from tools.make_checkpoint import write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +96,34 @@ def test_not_a_number_is_refused_by_tensor_and_file(ranks: RankProcesses, tmp_pa
         ranks.learners(config_of(folder), "bf16"),
     ):
         pass
+
+
+LARGE = TIED.model_copy(update={"hidden_size": 256, "head_dim": 64, "num_hidden_layers": 1, "dtype": "bfloat16"})
+
+
+def test_a_large_tensor_is_streamed_and_never_held_whole(ranks: RankProcesses, tmp_path: Path) -> None:
+    shape = ModelShape(LARGE, vocab_size=1 << 17, bos_token_id=1, stop_token_ids=(2,), pad_token_id=0)
+    embedding = 2 * shape.vocab_size * LARGE.hidden_size  # bytes
+    write_checkpoint(tmp_path / "large", shape, seed=0, std=0.02, shard_bytes=1 << 40)
+    with ranks.learners(DENSE, "bf16") as learners:
+        [taken] = learners.run(taken_by_loading, shape, tmp_path / "large")
+    assert taken < 1.5 * embedding, "its pages, a copy and a check of all of it at once are three times as much"
+
+
+def taken_by_loading(worker: LearnerWorker, shape: ModelShape, folder: Path) -> int:
+    """Bytes that the process takes at the worst moment of loading, beyond what it held with the model built."""
+    from mxdist.model.gpt import build_gpt
+    from mxdist.model.loading import load_checkpoint
+
+    model = build_gpt(shape, worker.config.learner)
+    for parameter in model.parameters():
+        parameter.detach().zero_()  # or their pages would be counted when they are written
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory begins anew (man 5 proc)
+    before = peak_bytes()
+    load_checkpoint(model, shape, folder)
+    return peak_bytes() - before
+
+
+def peak_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))

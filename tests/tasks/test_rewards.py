@@ -145,6 +145,8 @@ def test_the_span_is_all_that_decides() -> None:
     assert final_answer_span("The answer is 3.5 kg. Really.") == "3.5 kg"
     assert final_answer_span("x \\boxed{\\frac{1}{2}} y") == "\\frac{1}{2}"
     assert final_answer_span("####  7 \nmore") == "7"
+    assert final_answer_span("\\boxed{3}, so #### 4") == "4"
+    assert final_answer_span("The answer is \\boxed{5}, not 6.") == "5"
 
 
 @pytest.mark.parametrize(
