@@ -1,13 +1,13 @@
-"""Write a Hugging Face style directory of random Gaussian weights: safetensors shards, their index, config.json.
+"""Write a Hugging Face style directory of random Gaussian weights: safetensors, an index if sharded, config.json.
 
     python tools/make_checkpoint.py /tmp/3b                        # the shape of Qwen2.5-3B: 6.2 GB of BF16
     python tools/make_checkpoint.py /tmp/moe --shape qwen3-30b-a3b --layers 2
     python tools/make_checkpoint.py /tmp/big --gigabytes 20        # as many layers as that takes
     python tools/make_checkpoint.py /tmp/small --shape qwen2.5-0.1b --tokenizer-from train.jsonl
 
-For measuring and testing what reads checkpoints: the weights mean nothing. One shard is in memory at a time, and each
-tensor is seeded by its name, so neither the shard size nor --layers changes the values of a tensor. A tokenizer is
-trained on the questions and answers of a JSON-lines file, such as GSM8K's.
+For measuring and testing what reads checkpoints: the weights mean nothing. One tensor is in memory at a time and seeded
+by its name, so neither the shard size nor --layers changes its values. A tokenizer is trained on the questions and
+answers of a JSON-lines file, such as GSM8K's.
 """
 
 import json
@@ -17,10 +17,11 @@ from typing import Annotated
 
 import torch
 import typer
-from safetensors.torch import save_file
 
 from mxdist.config.schema import ModelConfig
 from mxdist.errors import UserError
+from mxdist.model import checkpoint_writer
+from mxdist.model.checkpoint_writer import Planned
 from mxdist.model.shape import ModelShape
 from mxdist.seeds import derive_seed
 from mxdist.tasks.question_files import read_file
@@ -72,23 +73,15 @@ def with_layers(shape: ModelShape, layers: int) -> ModelShape:
 
 
 def write_checkpoint(directory: Path, shape: ModelShape, seed: int, std: float, shard_bytes: int) -> int:
-    """Write the shards and the index of BF16 N(0, std) weights (norms 1, biases 0); return the bytes of weights."""
+    """Write BF16 N(0, std) weights (norms 1, biases 0) and config.json; return the bytes of weights."""
     directory.mkdir(parents=True, exist_ok=True)
     if any(directory.iterdir()):
         raise UserError(f"{directory} is not empty; give a new directory, or remove that one")
-    shards = _shards(shape, shard_bytes)
-    total = 0
-    weight_map: dict[str, str] = {}
-    for index, tensors in enumerate(shards, 1):
-        file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        content = {name: _draw(name, size, seed, std) for name, size in tensors}
-        save_file(content, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(content, file)
-        total += sum(tensor.nbytes for tensor in content.values())
-    index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=1) + "\n")
+    sizes = shape.tensor_shapes()
+    plan = [Planned(name, size, torch.bfloat16) for name, size in sizes.items()]
+    checkpoint_writer.write_checkpoint(directory, plan, lambda name: _draw(name, sizes[name], seed, std), shard_bytes)
     (directory / "config.json").write_text(json.dumps(shape.hf_config(), indent=2) + "\n")
-    return total
+    return sum(planned.nbytes for planned in plan)
 
 
 def write_tokenizer(directory: Path, text_file: Path, vocab_size: int) -> int:
@@ -100,19 +93,6 @@ def write_tokenizer(directory: Path, text_file: Path, vocab_size: int) -> int:
     settings = json.loads((directory / SETTINGS_FILE).read_text())
     (directory / SETTINGS_FILE).write_text(json.dumps(settings | {"chat_template": CHAT_TEMPLATE}, indent=2) + "\n")
     return tokenizer.vocab_size
-
-
-def _shards(shape: ModelShape, shard_bytes: int) -> list[list[tuple[str, tuple[int, ...]]]]:
-    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
-    room = shard_bytes
-    for name, size in shape.tensor_shapes().items():
-        nbytes = 2 * torch.Size(size).numel()
-        if shards[-1] and nbytes > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append((name, size))
-        room -= nbytes
-    return shards
 
 
 def _draw(name: str, size: tuple[int, ...], seed: int, std: float) -> torch.Tensor:
@@ -144,7 +124,7 @@ def main(
         2.0**-6
     ),
     seed: Annotated[int, typer.Option(help="Seed of all weights.")] = 0,
-    shard_megabytes: Annotated[int, typer.Option(min=1, help="Size of a shard, and so of the memory needed.")] = 1000,
+    shard_megabytes: Annotated[int, typer.Option(min=1, help="Size of a shard.")] = 1000,
     tokenizer_from: Annotated[Path | None, typer.Option(help="JSON lines to train a tokenizer on.")] = None,
 ) -> None:
     """Write a Hugging Face style directory of random Gaussian weights."""
