@@ -5,9 +5,9 @@
 #   then, on any node of it:  mxdist train CONFIG cluster.address=auto learner.gpus_per_rank=1 ...
 #
 # Edit: nothing, if all nodes reach each other over the interface of the default route. Else set NODE_ADDRESS to this
-# node's address on the network that they share. Ports: launch/cluster.sh. The
-# token that keeps others out is made in ~/.ray/auth_token; copy it to nodes that do not share that folder. The checkout and run.dir have to lie on a
-# file system that all nodes mount, or mxdist has to be installed alike on each.
+# node's address on the network that they share. Ports: launch/cluster.sh. The token that keeps others out is made in
+# ~/.ray/auth_token; copy it to nodes that do not share that folder. The checkout and run.dir have to lie on a file
+# system that all nodes mount, or mxdist has to be installed alike on each.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
 

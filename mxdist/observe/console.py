@@ -156,9 +156,9 @@ class Console:
         self._kind, self._step_ended = kind, now
 
     def _time_left(self, steps: int) -> str:
-        if not self._step_seconds:
+        if steps and not self._step_seconds:
             return "?"
-        return duration(steps * sum(self._step_seconds) / len(self._step_seconds))
+        return duration(steps * sum(self._step_seconds) / max(len(self._step_seconds), 1))
 
 
 def duration(seconds: float) -> str:
