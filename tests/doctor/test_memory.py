@@ -222,6 +222,8 @@ def test_what_does_not_fit_is_told_the_setting_that_helps(tmp_path: Path) -> Non
     assert not found.fits
     assert found.lever is not None
     tight = replace(named_gpu("H200"), bytes=int(found.load.total / 0.95) + 1)
+    full = replace(tight, bytes=found.load.total)  # not a byte is left for fragmentation
+    assert not fit(load(DENSE, tmp_path, "rollout.kv_cache_mib=90000"), full).fits
     assert fit(load(DENSE, tmp_path, "rollout.kv_cache_mib=90000"), tight).lever is None
     for device in (tight, named_gpu("H200"), named_gpu("A100-80")):
         lever = fit(load(DENSE, tmp_path, "rollout.kv_cache_mib=200000"), device).lever
