@@ -9,6 +9,7 @@ QUIET_ENVIRONMENT = {
     "GRPC_VERBOSITY": "ERROR",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_VERBOSITY": "error",  # else every attempt to reach it is a line; the last one's reason is ours to tell
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else Ray warns of a future default at every start
     "RAY_DEDUP_LOGS_SKIP_REGEX": "worker died or was killed",  # the run says so itself, in one line
     "RAY_USAGE_STATS_ENABLED": "0",
