@@ -1,8 +1,10 @@
 """A run exported is the checkpoint it was started from, bit for bit; transformers and vLLM load it."""
 
 import multiprocessing
+import resource
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,17 @@ def greedy_from_disk(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+@contextmanager
+def files_of_at_most(count: int) -> Iterator[None]:
+    """Bytes that this process may write into a file: as on a full disk, an export breaks off in the middle."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_what_cannot_be_exported_is_said_in_a_sentence_and_leaves_nothing(ranks: RankProcesses, tmp_path: Path) -> None:
     config = Config(model=DENSE, recipe="bf16", learner={"expert_parallel": 1, "ranks": 1})
     with ranks.learners(DENSE, "bf16") as learners:
@@ -148,6 +161,8 @@ def test_what_cannot_be_exported_is_said_in_a_sentence_and_leaves_nothing(ranks:
         export(run, tmp_path / "file", "bf16")
     with pytest.raises(UserError, match="file/out cannot be written: File exists"):
         export(run, tmp_path / "file" / "out", "bf16")
+    with pytest.raises(UserError, match="out cannot be written: File too large"), files_of_at_most(10_000):
+        export(run, tmp_path / "out", "bf16")
     stored = sorted((run / "checkpoints/step_3/learner").glob("*.distcp"))[0]
     stored.write_bytes(stored.read_bytes()[:100])
     (tmp_path / "out").mkdir()
