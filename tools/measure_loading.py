@@ -33,6 +33,7 @@ def measure(rank: int, learner: LearnerConfig, directory: Path, rendezvous: str,
     from mxdist.learner import parallel
     from mxdist.model.gpt import build_gpt
     from mxdist.model.loading import load_checkpoint
+    from mxdist.model.weights import hf_tensors
 
     settings = model_settings(str(directory))
     config = ModelConfig(**settings, path=str(directory), dtype="bfloat16")
@@ -40,7 +41,7 @@ def measure(rank: int, learner: LearnerConfig, directory: Path, rendezvous: str,
     parallel.start(rank, learner.ranks, rendezvous, learner, 0, DEADLINE)
     model = build_gpt(shape, learner)
     started = time.monotonic()
-    load_checkpoint(model, shape, directory)
+    load_checkpoint(model, list(hf_tensors(model, shape)), shape, directory)
     seconds = time.monotonic() - started
     shard = sum(parameter.nbytes for parameter in model.parameters())
     result.send((shard, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, seconds))

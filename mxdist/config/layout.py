@@ -20,6 +20,7 @@ def check_layout(model: "ModelConfig", learner: "LearnerConfig", quantum: int) -
             a row must share it at a multiple of these, or they would compute other codes than an undivided model.
     """
     tensor, pipeline, expert = learner.tensor_parallel, learner.pipeline_parallel, learner.expert_parallel
+    _check_backend(model, learner)
     if learner.ranks % (tensor * pipeline):
         raise ValueError(
             f"learner.tensor_parallel={tensor} times learner.pipeline_parallel={pipeline} does not divide "
@@ -38,6 +39,34 @@ def check_layout(model: "ModelConfig", learner: "LearnerConfig", quantum: int) -
     _divides("learner.pipeline_parallel", pipeline, "model.num_hidden_layers", model.num_hidden_layers)
     if tensor > 1:
         _check_tensor_parallel(model, tensor, quantum)
+
+
+def _check_backend(model: "ModelConfig", learner: "LearnerConfig") -> None:
+    """No key may be set that its backend has no use for."""
+    if learner.backend == "megatron":
+        for key, unused in (("zero_stage", 1), ("zero_offload", "none")):
+            if getattr(learner, key) != unused:
+                raise ValueError(
+                    f"learner.{key}={getattr(learner, key)} is for learner.backend=deepspeed alone; "
+                    f"leave it out, or set learner.backend=deepspeed"
+                )
+        return
+    if model.num_experts:
+        raise ValueError(
+            f"learner.backend=deepspeed trains dense models, and model.num_experts={model.num_experts}; "
+            f"set learner.backend=megatron"
+        )
+    for key in ("tensor_parallel", "pipeline_parallel", "expert_parallel"):
+        if getattr(learner, key) > 1:
+            raise ValueError(
+                f"learner.backend=deepspeed divides by learner.zero_stage alone, and learner.{key}="
+                f"{getattr(learner, key)}; set it to 1, or set learner.backend=megatron"
+            )
+    if learner.zero_offload == "weights" and learner.zero_stage != 3:
+        raise ValueError(
+            f"learner.zero_offload=weights needs learner.zero_stage=3, and it is {learner.zero_stage}; "
+            f"set it to 3, or learner.zero_offload=optimizer"
+        )
 
 
 def _check_tensor_parallel(model: "ModelConfig", ranks: int, quantum: int) -> None:

@@ -260,7 +260,20 @@ class OptimizerConfig(Section):
 
 
 class LearnerConfig(Section):
+    backend: Literal["megatron", "deepspeed"] = Field(
+        "megatron", description="megatron: any model and layout. deepspeed: dense models, data parallelism with ZeRO."
+    )
     ranks: PositiveInt = Field(2, description="Learner processes.")
+    zero_stage: Literal[1, 2, 3] = Field(
+        1,
+        description="deepspeed: what ranks divide instead of holding it all (arXiv 1910.02054). 1: optimizer state, as "
+        "megatron does. 2: gradients as well. 3: weights as well.",
+    )
+    zero_offload: Literal["none", "optimizer", "weights"] = Field(
+        "none",
+        description="deepspeed: what the CPU's memory holds for the GPU. optimizer: its state, which is updated there. "
+        "weights: those as well (zero_stage 3).",
+    )
     tensor_parallel: PositiveInt = Field(1, description="Ranks that share every matrix of a layer but the experts'.")
     pipeline_parallel: PositiveInt = Field(1, description="Stages that the layers are divided over.")
     expert_parallel: PositiveInt = Field(2, description="Ranks of a stage that share one set of experts.")
@@ -406,6 +419,13 @@ class Config(Section):
         recipes = [self.recipe, *(override.recipe for override in self.recipe_overrides)]
         quantum = max(MACRO_BLOCK if "_mbs" in name else 1 if name == "bf16" else BLOCK for name in recipes)
         check_layout(self.model, self.learner, quantum)
+        offloaded = self.learner.zero_offload == "optimizer" and self.learner.zero_stage < 3
+        if self.guards.not_finite != "stop" and offloaded:
+            # DeepSpeed 0.19.8 keeps what is not finite for the updates that follow.
+            raise ValueError(
+                f"guards.not_finite={self.guards.not_finite} does not go with learner.zero_offload=optimizer below "
+                f"learner.zero_stage=3; set guards.not_finite=stop, or learner.zero_stage=3"
+            )
         edges = self.bf16_layers.first + self.bf16_layers.last
         if edges > self.model.num_hidden_layers:
             raise ValueError(

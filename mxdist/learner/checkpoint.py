@@ -2,13 +2,11 @@
 
 import contextlib
 import ctypes
-import json
 import os
 import signal
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,19 +18,18 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.strategies.checkpointable import CheckpointableShardedTensor, LocalShardsContainer
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from safetensors import SafetensorError
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
 
-from mxdist.errors import CheckpointFailed, UserError
+from mxdist.errors import CheckpointFailed
 from mxdist.learner import random_state
+from mxdist.learner.checkpoint_folder import raise_if_other_backend, raise_if_other_model, write_small_files
+from mxdist.learner.megatron_policy import MegatronPolicy
 from mxdist.learner.pieces import Piece, pieces
-from mxdist.learner.policy import Policy
 from mxdist.model.checkpoint_reader import CheckpointReader, read_common
 from mxdist.model.quantised_weight import forget, requantise
 from mxdist.model.shape import ModelShape
 
-SHAPE_FILE = "model_shape.json"
-PROBE_BYTES = 1 << 20
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -44,7 +41,7 @@ class Saver:
     whether it can write.
     """
 
-    def __init__(self, policy: Policy, shape: ModelShape) -> None:
+    def __init__(self, policy: MegatronPolicy, shape: ModelShape) -> None:
         self._policy = policy
         self._shape = shape
         self._strategy = FullyParallelSaveStrategyWrapper(
@@ -64,7 +61,7 @@ class Saver:
         """
         if self._writers.get_num_unfinalized_calls():
             raise RuntimeError("a checkpoint is begun while another is being written")
-        self._write_small_files(directory)
+        write_small_files(directory, self._shape, get_cuda_rng_tracker().get_states())
         self._pieces = self._pieces or list(pieces(self._policy))
         state = {str(number): piece.place for number, piece in enumerate(self._pieces)}
         request = dist_checkpointing.save(
@@ -101,25 +98,6 @@ class Saver:
             raise CheckpointFailed(f"the learner's checkpoint could not be written: {max(reasons)}") from None
         return not self._writers.get_num_unfinalized_calls()
 
-    def _write_small_files(self, directory: Path) -> None:
-        """CheckpointFailed on all ranks when any of them cannot write: alone, it would leave the others waiting."""
-        reason = ""
-        try:
-            random_state.save(directory)
-            if torch.distributed.get_rank() == 0:
-                (directory / SHAPE_FILE).write_text(json.dumps(_description(self._shape), indent=2) + "\n")
-            with tempfile.TemporaryFile(dir=directory) as probe:
-                probe.write(bytes(PROBE_BYTES))
-                probe.flush()  # not as far as the disk, for which training would stand still
-        except OSError as error:
-            reason = f"{error.strerror} in {directory}"
-        except SafetensorError as error:
-            reason = f"{error} in {directory}"
-        failures = torch.tensor(int(bool(reason)), device="cuda" if torch.cuda.is_available() else "cpu")
-        torch.distributed.all_reduce(failures)
-        if failures:
-            raise CheckpointFailed(f"the learner's checkpoint could not be written: {reason or 'see another rank'}")
-
 
 def _with_values(buckets: list[Any], values: dict[tuple[str, tuple[int, ...]], torch.Tensor]) -> list[Any]:
     """What Megatron's writer has planned to write, [(file, name, (objects, tensors))], with the values in the places
@@ -152,7 +130,7 @@ def _in_child(write: Callable[..., None], *arguments: Any, **options: Any) -> No
     write(*arguments, **options)
 
 
-def load(directory: Path, policy: Policy, shape: ModelShape) -> None:
+def load(directory: Path, policy: MegatronPolicy, shape: ModelShape) -> None:
     """Replace the weights and the optimizer's state.
 
     The number of ranks and the expert parallelism may differ from those that saved. What the optimizer is told by
@@ -161,7 +139,8 @@ def load(directory: Path, policy: Policy, shape: ModelShape) -> None:
     Raises:
         UserError: the checkpoint is of a model of another shape.
     """
-    _raise_if_other_model(directory, shape)
+    raise_if_other_backend(directory, "megatron")
+    raise_if_other_model(directory, shape)
     step = read_common(directory)["step"]
     reader = CheckpointReader(directory)
     reader.read_metadata()  # refused by all ranks alike, before any of them waits for another
@@ -179,24 +158,9 @@ def load(directory: Path, policy: Policy, shape: ModelShape) -> None:
         for group in policy.optimizer.param_groups:
             group["step"] = step
         requantise(policy.model)
-    random_state.load(directory)
+    if tracked := random_state.load(directory):
+        get_cuda_rng_tracker().set_states(tracked)
 
 
 def _data_parallel_group() -> torch.distributed.ProcessGroup:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
-
-
-def _description(shape: ModelShape) -> dict[str, object]:
-    description = {**shape.config.model_dump(), **{k: v for k, v in asdict(shape).items() if k != "config"}}
-    return json.loads(json.dumps(description))  # as it reads when it comes back: lists, not tuples
-
-
-def _raise_if_other_model(directory: Path, shape: ModelShape) -> None:
-    saved, wanted = json.loads((directory / SHAPE_FILE).read_text()), json.loads(json.dumps(_description(shape)))
-    # How weights were first drawn, and in which type they are computed with, is not part of a model's shape.
-    keys = [key for key in wanted if key not in ("initializer_range", "dtype") and saved.get(key) != wanted[key]]
-    if keys:
-        differences = ", ".join(f"{key} {saved.get(key)} there and {wanted[key]} here" for key in keys)
-        raise UserError(
-            f"the checkpoint {directory} is of another model ({differences}); use the settings it was made with"
-        )

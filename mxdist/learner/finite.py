@@ -1,12 +1,16 @@
 """Whether the gradients of an update are numbers, found before the optimizer touches a weight."""
 
+from typing import TYPE_CHECKING
+
 import torch
-from megatron.core.distributed import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
 
 FINITE = 1 << 31
 
 
-def first_not_finite(ddp: DistributedDataParallel) -> str | None:
+def first_not_finite(ddp: "DistributedDataParallel") -> str | None:
     """Which gradient is NaN or infinite; every rank must call it, after the gradients have been reduced.
 
     Returns:
@@ -15,18 +19,22 @@ def first_not_finite(ddp: DistributedDataParallel) -> str | None:
     """
     buffers = [*ddp.buffers, *ddp.expert_parallel_buffers]
     mine = any(not bool(torch.isfinite(buffer.grad_data.sum())) for buffer in buffers)
-    rank = torch.distributed.get_rank() if mine else FINITE
-    device = next(ddp.parameters()).device
+    return of_lowest_rank(_last_bad(ddp) if mine else None, next(ddp.parameters()).device)
+
+
+def of_lowest_rank(name: str | None, device: torch.device) -> str | None:
+    """What the lowest rank that has a ``name`` calls it, on all ranks; None when none has one. Collective."""
+    rank = torch.distributed.get_rank() if name is not None else FINITE
     lowest = torch.tensor(rank, device=device)
     torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
     if int(lowest) == FINITE:
         return None
-    shared = [_last_bad(ddp) if rank == int(lowest) else ""]
+    shared = [name if rank == int(lowest) else ""]
     torch.distributed.broadcast_object_list(shared, int(lowest), device=device if device.type == "cuda" else None)
     return shared[0]
 
 
-def _last_bad(ddp: DistributedDataParallel) -> str:
+def _last_bad(ddp: "DistributedDataParallel") -> str:
     names = [
         name for name, parameter in ddp.module.named_parameters() if not bool(torch.isfinite(parameter.main_grad).all())
     ]

@@ -3,26 +3,13 @@
 Ranks of one tensor-parallel group are neighbours; the stages of a pipeline lie furthest apart.
 """
 
-import os
-import socket
-from dataclasses import dataclass
-from datetime import timedelta
-
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
 from mxdist.config.schema import LearnerConfig
+from mxdist.learner.backend import Place
+from mxdist.learner.rendezvous import join
 from mxdist.seeds import derive_seed
-
-
-@dataclass(frozen=True)
-class Place:
-    """What a rank is to the others."""
-
-    data_rank: int  # ranks with the same one compute the same sequences
-    data_ranks: int
-    expert_data_rank: int  # of those that hold the same experts
-    reports: bool  # exactly one rank of every ``data_rank``: the first tensor-parallel one of the last stage
 
 
 def start(rank: int, world_size: int, rendezvous: str, learner: LearnerConfig, run_seed: int, timeout: float) -> Place:
@@ -33,22 +20,13 @@ def start(rank: int, world_size: int, rendezvous: str, learner: LearnerConfig, r
         learner: the layout; its ranks are ``world_size``.
         timeout: seconds that one collective may take.
     """
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    torch.distributed.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        store=_store(rendezvous, rank, world_size, timedelta(seconds=timeout)),
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout),
-    )
+    join(rank, world_size, rendezvous, timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=learner.tensor_parallel,
         pipeline_model_parallel_size=learner.pipeline_parallel,
         expert_model_parallel_size=learner.expert_parallel,
         expert_tensor_parallel_size=1,
-        create_gloo_process_groups=on_gpu,
+        create_gloo_process_groups=torch.cuda.is_available(),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(derive_seed(run_seed, "learner", bits=31))
     is_first = parallel_state.get_tensor_model_parallel_rank() == 0
@@ -58,16 +36,6 @@ def start(rank: int, world_size: int, rendezvous: str, learner: LearnerConfig, r
         expert_data_rank=parallel_state.get_expert_data_parallel_rank(),
         reports=is_first and parallel_state.is_pipeline_last_stage(),
     )
-
-
-def _store(rendezvous: str, rank: int, world_size: int, timeout: timedelta) -> torch.distributed.TCPStore:
-    """Where the ranks find each other. Rank 0 listens on the address of the rendezvous alone; torch would on all."""
-    host, _, port = rendezvous.removeprefix("tcp://").rpartition(":")
-    listener = None
-    if rank == 0:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, int(port)), family=family).detach()
-    return torch.distributed.TCPStore(host, int(port), world_size, rank == 0, timeout, master_listen_fd=listener)
 
 
 def stop() -> None:

@@ -20,7 +20,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from mxdist.learner.boxes import boxes
-from mxdist.learner.policy import Policy
+from mxdist.learner.megatron_policy import MegatronPolicy
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Piece:
         return self.source()[self.start : self.start + prod(shape)].view(shape)
 
 
-def pieces(policy: Policy) -> Iterator[Piece]:
+def pieces(policy: MegatronPolicy) -> Iterator[Piece]:
     """All of this rank, those included that other ranks hold as well (``ShardedTensor.replica_id``)."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     model = policy.model.sharded_state_dict(metadata={"singleton_local_shards": False, "dp_cp_group": group})

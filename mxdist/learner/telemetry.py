@@ -10,22 +10,20 @@ expert is not chosen in a pass of the same tokens through the same model with no
 changes what is trained.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from torch import Tensor
 
-from mxdist.learner.export import owned_tensors
 from mxdist.learner.microbatches import MicroBatch
 from mxdist.learner.policy import Policy
 from mxdist.messages import Mean
+from mxdist.model.hf_tensors import HfTensor
 from mxdist.model.linear_names import linear_names
-from mxdist.model.megatron_spec import MxColumnParallelLinear, MxRowParallelLinear
 from mxdist.model.quantised_weight import Observer, QuantisedWeight
 from mxdist.model.recipes import ModelRecipes
 from mxdist.model.shape import ModelShape
@@ -54,11 +52,14 @@ class _Sample:
 class Telemetry:
     """One watched step: ``before_step``, the step inside ``watching_gradients``, then ``after_step``."""
 
-    def __init__(self, policy: Policy, shape: ModelShape, recipes: ModelRecipes) -> None:
+    def __init__(self, policy: Policy, owned: Iterable[HfTensor], shape: ModelShape, recipes: ModelRecipes) -> None:
+        """
+        Args:
+            owned: the tensors that this rank exports.
+        """
         self._policy, self._shape, self._recipes = policy, shape, recipes
         self._linears = [module for module in policy.model.modules() if isinstance(module, QuantisedWeight)]
-        owned = [tensor.module for tensor in owned_tensors(policy.model, shape) if tensor.module is not None]
-        self._owned = list(dict.fromkeys(owned))
+        self._owned = list(dict.fromkeys(tensor.module for tensor in owned if tensor.module is not None))
         self._samples: dict[tuple[str, Operand, int], _Sample] = {}
         self._means: dict[str, Mean] = {}
 
@@ -92,7 +93,7 @@ class Telemetry:
 
         def watch(linear: QuantisedWeight, _: Tensor, output: Tensor) -> None:
             operand = None if linear.recipe is None else linear.recipe.dy_dgrad
-            if _is_repeated(linear, MxRowParallelLinear):
+            if linear.output_is_repeated:
                 return
             if operand is not None and output.requires_grad and linear.name not in seen:
                 seen.add(linear.name)
@@ -112,10 +113,12 @@ class Telemetry:
         if "weights" in self.kinds:
             self._means["quant/codes_changed"] = Mean(sum(fractions), sum(elements))
             self._means["quant/flagged_fraction/weights"] = _flagged(after)
-        for linear in self._owned:
-            assert linear.recipe is not None
-            assert linear.recipe.w is not None
-            self._take("weights", linear.recipe.w, linear.weight.detach())
+        owned = set(self._owned)
+        for linear in self._linears:  # all of them: ranks may have to come together to read one
+            if linear.recipe is not None and linear.recipe.w is not None:
+                with linear.whole_weights([linear]):
+                    if linear in owned:
+                        self._take("weights", linear.recipe.w, linear.weight.detach())
         return self._means | self._decomposition()
 
     def _decomposition(self) -> dict[str, Mean]:
@@ -133,11 +136,7 @@ class Telemetry:
         return means
 
     def _take_input(self, linear: QuantisedWeight, x: Tensor, _: Tensor) -> None:
-        if (
-            linear.recipe is not None
-            and linear.recipe.x_fwd is not None
-            and not _is_repeated(linear, MxColumnParallelLinear)
-        ):
+        if linear.recipe is not None and linear.recipe.x_fwd is not None and not linear.input_is_repeated:
             self._take("activations", linear.recipe.x_fwd, x)
 
     def _take(self, kind: str, operand: Operand, tensor: Tensor, seed: int | None = None) -> None:
@@ -147,7 +146,7 @@ class Telemetry:
             sample.rows.append(rows.float())
 
     def _sampled_codes(self) -> list[MXTensor]:
-        return [linear.quantised()[_spread(len(linear.weight))] for linear in self._owned]
+        return [linear.quantised()[_spread(linear.weight_size[0])] for linear in self._owned]
 
     def _router_logits(self, sequences: Sequence[np.ndarray]) -> list[Tensor]:
         """By layer of this rank's, float32 [its tokens, experts]; without experts the pass is made all the same."""
@@ -156,7 +155,7 @@ class Telemetry:
         def take(router: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
             logits.append(F.linear(inputs[0].flatten(0, -2).float(), router.weight.float()))  # type: ignore[arg-type]
 
-        routers = [layer.mlp.router for layer in self._policy.model.decoder.layers] if self._shape.is_moe else []
+        routers = [module for name, module in self._policy.model.named_modules() if name.endswith(".mlp.router")]
         handles = [router.register_forward_pre_hook(take) for router in routers]
         self._policy.forward(sequences)
         for handle in handles:
@@ -209,18 +208,6 @@ def component_means(moments: Moments) -> dict[str, Mean]:
 def _flagged(tensors: list[MXTensor]) -> Mean:
     blocks = [mx.scales.numel() for mx in tensors]
     return Mean(sum(flagged_fraction(mx) * count for mx, count in zip(tensors, blocks, strict=True)), sum(blocks))
-
-
-def _is_repeated(linear: QuantisedWeight, kind: type) -> bool:
-    """Whether another tensor-parallel rank has the same input of a column-parallel linear, or dY of a row-parallel one.
-
-    What is counted of a linear that is no expert is therefore the first rank's.
-    """
-    return (
-        isinstance(linear, kind)
-        and not getattr(linear, "is_expert", False)
-        and parallel_state.get_tensor_model_parallel_rank() > 0
-    )
 
 
 def _spread(rows: int) -> slice:

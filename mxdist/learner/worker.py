@@ -1,4 +1,4 @@
-"""One learner rank: a Megatron-core model in its own process, driven by the controller.
+"""One learner rank: a model in training, in its own process, driven by the controller; ``backend`` computes.
 
     build -> (update | score | export | save | load)* -> shutdown
 
@@ -7,10 +7,8 @@ What they report adds up over all ranks: of those that compute the same sequence
 """
 
 import contextlib
-import logging
 import resource
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +16,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mxdist.config.hf_config import model_directory
 from mxdist.config.schema import AlgorithmConfig, Config, Supervised
 from mxdist.errors import NotFinite
 from mxdist.learner.losses import get_objective
@@ -37,7 +34,7 @@ NOTHING = Mean(0.0, 0.0)
 
 
 class LearnerWorker:
-    """One instance is one rank, in a process of its own (Megatron's groups are global to the process)."""
+    """One instance is one rank, in a process of its own (process groups are global to the process)."""
 
     def __init__(self, config: Config, shape: ModelShape, rank: int, world_size: int, rendezvous: str) -> None:
         self.config = config
@@ -53,37 +50,19 @@ class LearnerWorker:
         Raises:
             UserError: ``model.path`` is no checkpoint of this model.
         """
-        _quieten_megatron()
-        from mxdist.model import megatron_cpu
+        from mxdist.learner import backend
+        from mxdist.model.hf_tensors import quantised_modules
 
-        megatron_cpu.install()
-        from mxdist.learner import parallel
-        from mxdist.learner.checkpoint import Saver
-        from mxdist.learner.policy import Policy
-        from mxdist.model.draws import GradientDraws
-        from mxdist.model.gpt import build_gpt
-        from mxdist.model.loading import load_checkpoint
-        from mxdist.model.weights import initialise, quantised_modules, set_up_linears
-
-        config = self.config
         if not torch.cuda.is_available():
-            torch.set_num_threads(max(1, int(config.learner.cpus_per_rank)))
-        self._place = parallel.start(
-            self.rank, self.world_size, self.rendezvous, config.learner, config.run.seed, config.deadlines.collective
+            torch.set_num_threads(max(1, int(self.config.learner.cpus_per_rank)))
+        self._backend = backend.start(
+            self.config, self.shape, self.recipes, self.rank, self.world_size, self.rendezvous
         )
-        model = build_gpt(self.shape, config.learner)
-        draws = GradientDraws(config.run.seed, self._place.data_rank, self._place.expert_data_rank)
-        set_up_linears(model, self.shape, self.recipes, draws)
-        if config.model.path is None:
-            initialise(model, self.shape, config.run.seed)
-        else:
-            load_checkpoint(model, self.shape, model_directory(config.model.path))
-        self._policy = Policy(model, config.optimizer, draws)
-        self._saver = Saver(self._policy, self.shape)
+        self._policy, self._place = self._backend.policy, self._backend.place
         return LearnerReport(
             rank=self.rank,
-            quantised_modules=quantised_modules(model, self.shape),
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            quantised_modules=quantised_modules(self._backend.tensors),
+            parameters=sum(parameter.numel() for parameter in self._policy.model.parameters()),
             resident_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         )
 
@@ -163,8 +142,6 @@ class LearnerWorker:
         supervised: bool,
     ) -> dict[str, Mean]:
         """What the micro-batches report, under the same names on every rank; nothing of it on ranks that do not."""
-        from mxdist.learner.parallel import of_last_stage
-
         means: dict[str, Mean] = {}
         for name, mean in [item for piece in scored for item in piece.metrics.items()]:
             means[name] = means.get(name, NOTHING) + mean
@@ -178,7 +155,7 @@ class LearnerWorker:
         unpacked = sum((padding_saved(batch) for batch in batches), NOTHING)
         ranks = self._place.data_ranks
         means["perf/padding_fraction_unpacked"] = Mean(unpacked.total / ranks, unpacked.weight / ranks)
-        names = of_last_stage(list(means))
+        names = self._backend.names_of_reporting_rank(list(means))
         return means if self._place.reports else dict.fromkeys(names, NOTHING)
 
     @contextlib.contextmanager
@@ -191,7 +168,7 @@ class LearnerWorker:
         from mxdist.learner.telemetry import Telemetry
 
         seconds["telemetry"] = 0.0
-        telemetry = Telemetry(self._policy, self.shape, self.recipes)
+        telemetry = Telemetry(self._policy, self._backend.owned(), self.shape, self.recipes)
         with _timed(seconds, "telemetry"):
             telemetry.before_step(first)
         with telemetry.watching_gradients():
@@ -201,9 +178,7 @@ class LearnerWorker:
 
     def export(self, version: int) -> WeightPayload:
         """The tensors that this rank owns, quantised ones as the packed parts of what the forward pass uses."""
-        from mxdist.learner.export import export
-
-        return export(self._policy.model, self.shape, self.recipes, version)
+        return self._backend.export(self.recipes, version)
 
     def save(self, directory: Path) -> None:
         """Begin to write model, optimizer and random state into the existing, empty ``directory``.
@@ -211,7 +186,7 @@ class LearnerWorker:
         Raises:
             CheckpointFailed: it cannot be written.
         """
-        self._saver.begin(directory)
+        self._backend.save(directory)
 
     def save_finished(self, wait: bool) -> bool:
         """Whether what ``save`` began is written; ``wait`` until it is.
@@ -219,7 +194,7 @@ class LearnerWorker:
         Raises:
             CheckpointFailed: it could not be written.
         """
-        return self._saver.finished(wait)
+        return self._backend.save_finished(wait)
 
     def load(self, directory: Path) -> None:
         """Continue from what ``save`` wrote.
@@ -227,15 +202,13 @@ class LearnerWorker:
         Raises:
             UserError: the checkpoint is of a model of another shape.
         """
-        from mxdist.learner import checkpoint
-
-        checkpoint.load(directory, self._policy, self.shape)
+        self._backend.load(directory)
 
     def shutdown(self) -> None:
         """Leave the process groups."""
-        from mxdist.learner import parallel
+        from mxdist.learner import backend
 
-        parallel.stop()
+        backend.leave(self.config)
 
 
 @contextlib.contextmanager
@@ -248,10 +221,3 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
                 torch.cuda.synchronize()  # else a phase pays for what the one before it left running
     finally:
         seconds[phase] += time.perf_counter() - start
-
-
-def _quieten_megatron() -> None:
-    """Megatron warns about each optional package that is not there, and logs its settings."""
-    for module in (r"megatron\.", r"torch\.distributed"):
-        warnings.filterwarnings("ignore", module=module)
-    logging.getLogger("megatron").setLevel(logging.ERROR)

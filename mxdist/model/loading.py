@@ -1,23 +1,23 @@
 """From a Hugging Face checkpoint into the parameters of one rank, whatever the layout: its slices alone, streamed."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from mxdist.errors import UserError
 from mxdist.model.checkpoint_contents import EMBEDDING, HEAD, open_checkpoint
 from mxdist.model.checkpoint_files import CheckpointFiles
+from mxdist.model.hf_tensors import HfTensor
 from mxdist.model.shape import ModelShape
-from mxdist.model.weights import HfTensor, hf_tensors
 
 PIECE = 1 << 23
 """Elements read at a time: all the host memory that loading takes besides the parameters."""
 
 
-def load_checkpoint(model: GPTModel, shape: ModelShape, directory: Path) -> None:
+def load_checkpoint(model: nn.Module, tensors: Sequence[HfTensor], shape: ModelShape, directory: Path) -> None:
     """Set every parameter of this rank from the safetensors of ``directory``, in the parameter's dtype.
 
     Raises:
@@ -25,17 +25,21 @@ def load_checkpoint(model: GPTModel, shape: ModelShape, directory: Path) -> None
             output layer that is not its embedding although the two are tied.
     """
     files = open_checkpoint(directory, shape)
-    tensors = list(hf_tensors(model, shape))
     _check_that_all_are_set(model, tensors)
     for tensor in tensors:
-        rows, *others = tensor.region
-        step = max(1, PIECE // math.prod(tensor.whole_shape[1:]))  # whole rows are mapped, however few are kept
-        for start in range(rows.start, rows.stop, step):
-            piece = (slice(start, min(start + step, rows.stop)), *others)
-            values = _finite(files, tensor.name, piece)
-            if tensor.name == EMBEDDING and HEAD in files.tensors and shape.config.tie_word_embeddings:
-                _require_equal(files, piece, values)
-            tensor.write_rows(start - rows.start, values)
+        with tensor.whole(changed=True):
+            _load(files, tensor, shape)
+
+
+def _load(files: CheckpointFiles, tensor: HfTensor, shape: ModelShape) -> None:
+    rows, *others = tensor.region
+    step = max(1, PIECE // math.prod(tensor.whole_shape[1:]))  # whole rows are mapped, however few are kept
+    for start in range(rows.start, rows.stop, step):
+        piece = (slice(start, min(start + step, rows.stop)), *others)
+        values = _finite(files, tensor.name, piece)
+        if tensor.name == EMBEDDING and HEAD in files.tensors and shape.config.tie_word_embeddings:
+            _require_equal(files, piece, values)
+        tensor.write_rows(start - rows.start, values)
 
 
 def _finite(files: CheckpointFiles, name: str, region: tuple[slice, ...]) -> Tensor:
@@ -53,11 +57,11 @@ def _require_equal(files: CheckpointFiles, region: tuple[slice, ...], embedding:
         )
 
 
-def _check_that_all_are_set(model: GPTModel, tensors: list[HfTensor]) -> None:
+def _check_that_all_are_set(model: nn.Module, tensors: Sequence[HfTensor]) -> None:
     """No parameter may stay as allocated."""
-    written: dict[int, int] = {}
+    unset = {id(tensor.parameter): tensor.parameter_size for tensor in tensors}
     for tensor in tensors:
-        written[id(tensor.parameter)] = written.get(id(tensor.parameter), 0) + math.prod(tensor.shape)
+        unset[id(tensor.parameter)] -= math.prod(tensor.shape)
     for name, parameter in model.named_parameters():
-        if written.get(id(parameter), 0) != parameter.numel():
-            raise RuntimeError(f"{name} of the Megatron model is not what the Hugging Face tensors make up")
+        if unset.get(id(parameter), -1) != 0:
+            raise RuntimeError(f"{name} of the learner's model is not what the Hugging Face tensors make up")

@@ -5,6 +5,7 @@ linear has is set once the model stands (``weights.set_up_linears``), by its Hug
 """
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
@@ -78,6 +79,10 @@ class _MxLinear(QuantisedWeight):
 class MxColumnParallelLinear(_MxLinear, ColumnParallelLinear):
     """Output features are divided over the tensor-parallel ranks."""
 
+    @property
+    def input_is_repeated(self) -> bool:
+        return not self.is_expert and parallel_state.get_tensor_model_parallel_rank() > 0
+
     def shard(self, group: torch.distributed.ProcessGroup | None) -> Shard:
         rank, size = _place(group)
         return Shard(output=rank * len(self.weight), outputs=size * len(self.weight))
@@ -85,6 +90,10 @@ class MxColumnParallelLinear(_MxLinear, ColumnParallelLinear):
 
 class MxRowParallelLinear(_MxLinear, RowParallelLinear):
     """Input features are divided over the tensor-parallel ranks."""
+
+    @property
+    def output_is_repeated(self) -> bool:
+        return not self.is_expert and parallel_state.get_tensor_model_parallel_rank() > 0
 
     def shard(self, group: torch.distributed.ProcessGroup | None) -> Shard:
         rank, size = _place(group)

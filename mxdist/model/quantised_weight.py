@@ -4,7 +4,9 @@ A module that has one is a ``QuantisedWeight``. Its forward, its backward and th
 same cached tensors, and a cache that no longer belongs to the master weight raises instead of being used.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,26 @@ class QuantisedWeight:
     _values: Tensor | None = None
     _made_from: tuple[int, int] | None = None
     _fingerprint: int = 0
+
+    @property
+    def weight_size(self) -> tuple[int, int]:
+        """[out, in] of the weight while this rank computes with it."""
+        return len(self.weight), self.weight.shape[1]
+
+    @property
+    def input_is_repeated(self) -> bool:
+        """Whether another rank has the same input, and counts it."""
+        return False
+
+    @property
+    def output_is_repeated(self) -> bool:
+        """Whether another rank has the same output, and counts it."""
+        return False
+
+    @staticmethod
+    def whole_weights(linears: "Sequence[QuantisedWeight]") -> AbstractContextManager[None]:  # noqa: ARG004
+        """Around reading the master weights of linears of this class; collective where ranks divide them."""
+        return nullcontext()
 
     @property
     def quantises_weight(self) -> bool:
@@ -111,15 +133,16 @@ def requantise(model: nn.Module) -> None:
     together: dict[tuple, list[QuantisedWeight]] = {}
     for module in quantised_weights(model):
         assert module.recipe is not None
-        key = (module.weight.shape[1], module.weight.dtype, module.recipe.w)
+        key = (module.weight_size[1], module.weight.dtype, module.recipe.w)
         together.setdefault(key, []).append(module)
     for (_, dtype, operand), alike in together.items():
         for modules in _runs(alike):
-            quantised = quantise(torch.cat([module.weight for module in modules]), operand)
+            with modules[0].whole_weights(modules):
+                quantised = quantise(torch.cat([module.weight for module in modules]), operand)
             values = quantised.dequantise(dtype)
             start = 0
             for module in modules:
-                stop = start + len(module.weight)
+                stop = start + module.weight_size[0]
                 module.store(quantised[start:stop], values[start:stop])
                 start = stop
 
@@ -128,7 +151,7 @@ def _runs(modules: list[QuantisedWeight]) -> Iterator[list[QuantisedWeight]]:
     """Consecutive modules, with at most ``TOGETHER`` numbers in all or alone."""
     run: list[QuantisedWeight] = []
     for module in modules:
-        if run and sum(each.weight.numel() for each in run) + module.weight.numel() > TOGETHER:
+        if run and sum(math.prod(each.weight_size) for each in [*run, module]) > TOGETHER:
             yield run
             run = []
         run.append(module)

@@ -26,7 +26,6 @@ from mxdist.config.schema import ModelConfig
 from mxdist.errors import UserError
 from mxdist.model.shape import ModelShape
 
-METADATA_FILE = ".metadata"
 SHAPE_FILE = "model_shape.json"
 
 _LAYER = "model.layers.{}"
@@ -87,9 +86,7 @@ class RunWeights:
             raise UserError(
                 f"the checkpoint {folder} is damaged ({type(error).__name__}: {error}); choose another"
             ) from None
-        self.tensors = {
-            part.name: part for key in _PARAMETERS if key in self._stored for part in self._parts_of(key)
-        }  # by Hugging Face name
+        self.tensors = self._find_tensors()  # by Hugging Face name
 
     def cut(self, matrix: Tensor, name: str) -> Tensor:
         """A tensor's values out of those of its stored matrix, as a copy or a view."""
@@ -129,6 +126,9 @@ class RunWeights:
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         tensors = metadata.state_dict_metadata.items()
         self._stored = {key: entry for key, entry in tensors if isinstance(entry, TensorStorageMetadata)}
+
+    def _find_tensors(self) -> dict[str, StoredMatrixPart]:
+        return {part.name: part for key in _PARAMETERS if key in self._stored for part in self._parts_of(key)}
 
     def _parts_of(self, key: str) -> Iterator[StoredMatrixPart]:
         """The Hugging Face tensors of a key."""

@@ -156,3 +156,10 @@ def test_more_bf16_layers_than_there_are_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bf16_layers\.first=2 and bf16_layers\.last=1 are more than .*layers=2"):
         overlaid(tmp_path, "", "", *settings)
     assert overlaid(tmp_path, "", "", *settings[1:], "bf16_layers.first=1").bf16_layers.first == 1
+
+
+def test_deepspeed_lies_over_the_dense_model_and_not_over_experts(tmp_path: Path) -> None:
+    overlay = str(CONFIGS / "learners" / "deepspeed_zero3.yaml")
+    assert load(DENSE, tmp_path, overlay).learner.zero_stage == 3
+    with pytest.raises(UserError, match=r"learner\.backend=deepspeed trains dense models"):
+        load(EXPERTS, tmp_path, overlay)

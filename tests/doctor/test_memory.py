@@ -238,3 +238,19 @@ def test_the_estimate_needs_no_torch() -> None:
         "fit(Config(), named_gpu('H100')); sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_deepspeeds_stages_divide_what_they_say_and_offloading_takes_it_from_the_gpu() -> None:
+    model = ModelConfig(num_experts=0, num_hidden_layers=8, hidden_size=1024, intermediate_size=4096, vocab_size=2048)
+
+    def items(stage: int, offload: str = "none") -> dict[str, int]:
+        learner = LearnerConfig(backend="deepspeed", ranks=8, expert_parallel=1, zero_stage=stage, zero_offload=offload)
+        (rank,) = learner_memory(Config(model=model, recipe="mxfp4", learner=learner), on_gpu=True)
+        return rank.items
+
+    one, two, three = items(1), items(2), items(3)
+    assert one["optimizer"] == two["optimizer"] == three["optimizer"] > 0
+    assert one["main gradients"] > two["main gradients"] == three["main gradients"]
+    assert two["quantised weights"] > 4 * three["quantised weights"] > 0  # the packed form alone
+    assert items(2, "optimizer")["optimizer"] == 0
+    assert items(3, "weights")["weights"] < three["weights"]

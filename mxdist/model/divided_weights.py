@@ -1,0 +1,79 @@
+"""Weights under ZeRO stage 3: divided over the ranks, and whole only while a layer computes or someone asks.
+
+Each rank keeps the packed form of every quantised weight (about 4.25 bits a number) from one optimizer update to the
+next, and makes the values that a product takes when it takes them.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import deepspeed
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from mxdist.model.hf_tensors import HfTensor
+from mxdist.model.quantised_weight import QuantisedWeight
+from mxdist.model.transformers_model import MxLinear
+from mxdist.quant.tensor import MXTensor
+
+
+class DividedMxLinear(MxLinear):
+    """Its weight has no elements here unless it is gathered, so the packed form alone knows which update it is of."""
+
+    recomputed = False
+    """Whether the layer is computed again in the backward pass, so that nothing is kept of its forward pass."""
+
+    @property
+    def weight_size(self) -> tuple[int, int]:
+        rows, columns = self.weight.ds_shape  # type: ignore[attr-defined]
+        return rows, columns
+
+    @staticmethod
+    def whole_weights(linears: Sequence[QuantisedWeight]) -> AbstractContextManager[None]:
+        return deepspeed.zero.GatheredParameters([linear.weight for linear in linears])
+
+    def store(self, quantised: MXTensor, values: Tensor) -> None:
+        super().store(quantised, values)
+        self._values = None
+
+    def quantised_values(self) -> Tensor | None:
+        return self.quantised().dequantise(self.weight.dtype) if self.quantises_weight else None
+
+    def product(self, x: Tensor, values: Tensor | None) -> Tensor:
+        if values is None or self.recomputed:
+            return super().product(x, values)
+        # Between forward and backward pass the packed form stands for the values.
+        packed, address, dtype = self.quantised(), values.data_ptr(), values.dtype
+
+        def pack(saved: Tensor) -> Tensor | MXTensor:
+            return packed if saved.data_ptr() == address else saved
+
+        def unpack(kept: Tensor | MXTensor) -> Tensor:
+            return kept.dequantise(dtype) if isinstance(kept, MXTensor) else kept
+
+        with saved_tensors_hooks(pack, unpack):
+            return super().product(x, values)
+
+    def _identity(self) -> tuple[int, int]:
+        return 0, 0
+
+    def _sum_of_bits(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class DividedTensor(HfTensor):
+    """A whole tensor of the model, of which a rank holds some numbers."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.parameter.ds_shape)  # type: ignore[attr-defined]
+
+    @property
+    def parameter_size(self) -> int:
+        return self.parameter.ds_numel  # type: ignore[attr-defined]
+
+    def whole(self, changed: bool = False) -> AbstractContextManager[None]:
+        """After a change the numbers are rank 0's everywhere."""
+        return deepspeed.zero.GatheredParameters([self.parameter], modifier_rank=0 if changed else None)
