@@ -144,6 +144,8 @@ def start_ray(config: Config) -> None:
         UserError: the cluster cannot be reached, or has fewer CPUs or GPUs than the layout asks for; or two learner
             ranks may come to share a GPU.
     """
+    # Calls that nobody waits for any more, since their process is being replaced, would show their tracebacks.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     learner = config.learner
     if learner.ranks > 1 and 0 < learner.gpus_per_rank <= 0.5:

@@ -13,7 +13,7 @@ from mxdist.config import Config
 from mxdist.control.roster import Roster
 from mxdist.control.supervisor import Call, Supervisor, Worker
 from mxdist.control.waits import wait_for
-from mxdist.errors import DeadlineExceeded, ProcessFailure, RunStopped
+from mxdist.errors import DeadlineExceeded, ProcessFailure, RollBack, RunStopped
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -107,6 +107,18 @@ def test_restarts_are_bounded_until_progress_is_made(tmp_path: Path) -> None:
     with pytest.raises(RunStopped, match=r"rollout worker 0 died .*; run\.restarts=1 is used up") as caught:
         pool.results([pool.ask("a")])
     assert not isinstance(caught.value, ProcessFailure)
+
+
+def test_roll_backs_count_as_failures_and_are_bounded_like_them(tmp_path: Path) -> None:
+    notes: list[str] = []
+    config = Config.model_validate({"run": {"restarts": 2}})
+    supervisor = Supervisor(config, Roster(tmp_path), notes.append)
+    supervisor.take(RollBack("step 3: entropy"))
+    supervisor.take(RollBack("step 3: entropy"))
+    assert "step 3: entropy; restart 2 of at most 2" in notes[-1]
+    with pytest.raises(RunStopped, match=r"^step 3: entropy; run\.restarts=2 is used up") as caught:
+        supervisor.take(RollBack("step 3: entropy"))
+    assert not isinstance(caught.value, RollBack)
 
 
 def test_the_report_of_a_deadline_holds_the_stacks_of_every_process(tmp_path: Path) -> None:
