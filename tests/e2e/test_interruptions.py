@@ -1,4 +1,4 @@
-"""What ends a run early: Ctrl-C, and mistakes that only the running system can find."""
+"""A run from outside: what ends it early, mistakes that only the running system finds, and who can reach it."""
 
 import os
 import signal
@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from ipaddress import ip_address
 from pathlib import Path
 
 import psutil
@@ -38,12 +40,43 @@ def read_until(process: "subprocess.Popen[str]", text: str) -> str:
     raise AssertionError(f"{text!r} never came; the output was:\n{seen}")
 
 
-@pytest.mark.parametrize("moment", ["starting learner", "/500  reward"])
-def test_control_c_ends_every_process_and_says_so_in_one_line(tmp_path: Path, moment: str) -> None:
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> Iterator["subprocess.Popen[str]"]:
+    """A run in training, which the tests that stand first leave as it is."""
+    process = start(tmp_path_factory.mktemp("training") / "run", "run.steps=5000")
+    read_until(process, "/5000  reward")
+    yield process
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=60)
+
+
+def test_every_socket_of_a_run_on_one_machine_is_on_loopback(training: "subprocess.Popen[str]") -> None:
+    root = psutil.Process(training.pid)
+    names = {member.pid: member.name() for member in [root, *root.children(recursive=True)]}
+    # One that waits to be reached: it listens (TCP), or has no peer (UDP).
+    sockets = [
+        (names[found.pid], found.laddr.ip.removeprefix("::ffff:"), found.laddr.port)
+        for found in psutil.net_connections("inet")
+        if found.pid in names and not found.raddr
+    ]
+    assert {"gcs_server", "raylet"} <= {name for name, *_ in sockets}
+    assert any(name.startswith("ray::") for name, *_ in sockets)  # such as gloo's in the learner's ranks
+    assert [found for found in sockets if not ip_address(found[1]).is_loopback] == []
+
+
+def test_control_c_in_training_ends_every_process_and_says_so_in_one_line(training: "subprocess.Popen[str]") -> None:
+    _interrupt(training)
+
+
+def test_control_c_while_processes_start_does_as_well(tmp_path: Path) -> None:
     process = start(tmp_path / "run", "run.steps=500")
-    read_until(process, moment)
-    if moment == "starting learner":
-        time.sleep(4)  # into the imports of the workers
+    read_until(process, "starting learner")
+    time.sleep(4)  # into the imports of the workers
+    _interrupt(process)
+
+
+def _interrupt(process: "subprocess.Popen[str]") -> None:
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) > 3
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
