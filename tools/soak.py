@@ -6,7 +6,8 @@
 The faults: kill -9 of a rollout worker, of a learner rank, of a reward worker, of the controller with everything it
 started (which a scheduler would start again with 'mxdist resume', as happens here), and an engine that stops answering.
 When the time is over the run is asked to stop (SIGTERM), resumed for a few steps more, and ended undisturbed. Then the
-ledger has to add up. Prints what happened and exits with 1 when something does not hold.
+ledger has to add up. Prints a line for each fault and a table at the end, which soak.json in RUN_DIR has too; exits
+with 1 when something does not hold.
 """
 
 import argparse
@@ -20,10 +21,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
+from mxdist.control import stacks
+from mxdist.control.roster import FOLDER
 from mxdist.observe.ledger import check_ledger
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +54,17 @@ FAULTS = {
     "controller killed": ("", signal.SIGKILL),
 }
 PREEMPTED = 75
+SUMMARY = "soak.json"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One that happened."""
+
+    at: float  # seconds since the beginning
+    name: str
+    victim: str  # such as "rollout_worker_1"
+    step: int  # that the run had done
 
 
 class Soak:
@@ -59,7 +74,8 @@ class Soak:
         self.run_dir = run_dir
         self._random = random.Random(seed)
         self._process: subprocess.Popen[bytes] | None = None
-        self.faults: Counter[str] = Counter()
+        self._began = time.monotonic()
+        self.faults: list[Fault] = []
         self.exits: Counter[int] = Counter()
 
     def start(self, *settings: str) -> None:
@@ -70,25 +86,28 @@ class Soak:
         self._process = subprocess.Popen([*command, *settings], cwd=ROOT, stdout=subprocess.DEVNULL)
 
     def fault(self) -> None:
-        """Let one fault happen, drawn at random."""
+        """Let one fault happen, drawn at random; none when the process it would strike is not up."""
         assert self._process is not None
         name = self._random.choice(sorted(FAULTS))
         pattern, number = FAULTS[name]
         if not pattern:
+            victim = "all processes"
             controller = psutil.Process(self._process.pid)
             for member in [controller, *controller.children(recursive=True)]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.kill()
             self._process.wait()
-        elif files := sorted((self.run_dir / "stacks").glob(f"{pattern}.txt")):
-            victim = json.loads(self._random.choice(files).read_text().splitlines()[0])
+        else:
+            files = (self.run_dir / FOLDER).glob(f"{pattern}.txt")
+            up = {path.stem: process for path in sorted(files) if (process := _process_of(path))}
+            if not up:
+                return
+            victim = self._random.choice(sorted(up))
             with contextlib.suppress(psutil.NoSuchProcess):
-                process = psutil.Process(victim["pid"])
-                if process.create_time() != victim["born"]:
-                    return
-                process.send_signal(number)
-        self.faults[name] += 1
-        print(f"{time.strftime('%H:%M:%S')} {name}, run at step {self.step()}", flush=True)
+                up[victim].send_signal(number)
+        fault = Fault(round(time.monotonic() - self._began, 1), name, victim, self.step())
+        self.faults.append(fault)
+        print(f"{fault.at:7.1f} s  fault {len(self.faults)}: {name} ({victim}) after step {fault.step}", flush=True)
 
     def step(self) -> int:
         path = self.run_dir / "metrics.jsonl"
@@ -117,6 +136,15 @@ class Soak:
         return self._process.wait(1200)
 
 
+def _process_of(path: Path) -> psutil.Process | None:
+    """The living process that shows its stacks in this file."""
+    place = stacks.place(path)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if place and (process := psutil.Process(place.pid)).create_time() == place.born:
+            return process
+    return None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path)
@@ -142,8 +170,37 @@ def main() -> int:
 
 
 def _report(soak: Soak, stopped: int, finished: int, wanted: int) -> int:
-    log = (soak.run_dir / "log.txt").read_text()
-    account = check_ledger(soak.run_dir, MAX_LAG)
+    """Print and save what came of it; the exit code."""
+    try:
+        account, complaint = check_ledger(soak.run_dir, MAX_LAG), ""
+    except ValueError as error:
+        account, complaint = None, str(error)
+    good = account is not None and stopped == PREEMPTED and finished == 0 and soak.step() == account.steps == wanted
+    table = {
+        **dict(sorted(Counter(fault.name for fault in soak.faults).items())),
+        "faults survived": len(soak.faults) if good else "not all",
+        "resumed": sum(soak.exits.values()),
+        "steps": soak.step(),
+        "steps expected": wanted,
+        "steps taken again": _repeated((soak.run_dir / "log.txt").read_text()),
+        "groups trained on, once each": account.trained if account else "?",
+        "groups lost or repeated": complaint or 0,
+        "groups given up": account.dropped if account else "?",
+        "deadline reports": len(list((soak.run_dir / FOLDER).glob("report_*"))),
+        "exit when asked to stop": stopped,
+        "exit at the end": finished,
+    }
+    summary = {"good": good, **table, "exits": dict(soak.exits), "faults": [asdict(fault) for fault in soak.faults]}
+    (soak.run_dir / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    width = max(map(len, table))
+    for name, value in table.items():
+        print(f"{name:{width}}  {value}")
+    print("all holds" if good else "something does not hold")
+    return 0 if good else 1
+
+
+def _repeated(log: str) -> int:
+    """How many steps a run's log shows to have been taken again."""
     steps, repeated = 0, 0
     for line in log.splitlines():
         if done := re.search(r" step +(\d+)/", line):
@@ -151,13 +208,7 @@ def _report(soak: Soak, stopped: int, finished: int, wanted: int) -> int:
         elif resumed := re.search(r"resumed from step (\d+)", line):
             repeated += max(steps - int(resumed[1]), 0)
             steps = int(resumed[1])
-    print(f"faults: {dict(soak.faults)}; exits in between: {dict(soak.exits)}")
-    print(f"stopped with {stopped}, finished with {finished} at step {soak.step()} of {wanted}")
-    print(f"ledger: {account.steps} steps, {account.trained} groups trained on once each, none lost")
-    print(f"steps taken again: {repeated}; deadline reports: {len(list((soak.run_dir / 'stacks').glob('report_*')))}")
-    good = stopped == PREEMPTED and finished == 0 and soak.step() == account.steps == wanted
-    print("all holds" if good else "something does not hold")
-    return 0 if good else 1
+    return repeated
 
 
 if __name__ == "__main__":
