@@ -13,6 +13,8 @@
     quant_terms   those as values, and as packed bytes: nibbles, E8M0 codes, macro bytes
     quant_residual  tiles with every macro method; residuals of listed tiles appended along K
     unpack        packed bytes as E4M3
+    packed        packed weights read: to registers, to values
+    decode        products of few rows with packed weights, dense and of experts
     dequantise    E4M3 back to bfloat16
     plan          which GEMM for which product, and why; no Triton import
     gemm          dense FP8 GEMMs

@@ -113,6 +113,17 @@ def missing_in_terms(operand: Operand) -> str | None:
     return next((text for lacks, text in checks if lacks), None)
 
 
+DECODE_ROWS = 64
+"""Rows, or rows of an expert, up to which `decode` multiplies; with more, reading weights is no longer what counts."""
+
+
+def missing_in_packed(operand: Operand) -> str | None:
+    """Return what of a weight's operand `packed` and `decode` cannot read from its bytes, or None when all of it."""
+    if operand.hadamard != "none":
+        return "rotated values"
+    return "values whose mean was removed" if operand.mean else None
+
+
 @dataclass(frozen=True, slots=True)
 class Random:
     """A `Draw` as kernel arguments: the seed, and where the piece lies; see `philox.uniform`."""

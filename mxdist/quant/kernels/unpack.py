@@ -11,6 +11,7 @@ from mxdist.quant.kernels.device import power_of_two, unit_of
 from mxdist.quant.kernels.forms import Form, Fp8Matrix, empty_tiles
 from mxdist.quant.kernels.options import METHODS
 from mxdist.quant.layout import as_rows
+from mxdist.quant.reference import NonFinite
 from mxdist.quant.tensor import MXTensor
 
 _ROWS, _WARPS = 64, 4
@@ -39,15 +40,16 @@ def _kernel(
     tl.store(scale + tile.to(tl.int64) * scale_stride + r, decoded, mask=r < rows)
 
 
-def unpack(mx: MXTensor) -> Fp8Matrix:
+def unpack(mx: MXTensor, nonfinite: NonFinite = "error") -> Fp8Matrix:
     """Return an `MXTensor` [..., K] with blocks of 32 as form TILE [rows, K]: bytes and scales of `e4m3.to_e4m3`.
 
-    ValueError for a tensor with outlier fallback, macro blocks other than of 128, other blocks, or NaN blocks.
+    ValueError for a tensor with outlier fallback, macro blocks other than of 128, other blocks, or NaN blocks; for these
+    "propagate" does not look, so as not to wait for the device.
     """
     operand, k = mx.operand, mx.shape[-1]
     if operand.fallback is not None or operand.block != 32 or (operand.macro and operand.macro.size != TILE):
         raise ValueError("only tensors of one term, with blocks of 32 and macro blocks of 128, are tiles of E4M3.")
-    if (mx.scales == E8M0_NAN).any():
+    if nonfinite == "error" and (mx.scales == E8M0_NAN).any():
         raise ValueError("a tensor with NaN blocks cannot be converted to E4M3.")
     codes, scales = as_rows(mx.codes), as_rows(mx.scales)
     macro = None if mx.macro is None else as_rows(mx.macro)

@@ -20,7 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mxdist.quant.kernels import (
+    decode,
     dot_scaled,
+    packed,
     quant_both,
     quant_experts,
     quant_norm,
@@ -39,7 +41,7 @@ POINTERS = {
     "scale": "*fp32", "scale_t": "*fp32", "x": "*bf16", "map": "*fp32", "table": "*i32",
     "listed": "*i32", "slots": "*i32", "values": "*bf16", "codes": "*u8", "scales": "*u8", "macro": "*u8",
     "residual_codes": "*u8", "residual_scales": "*u8", "a": "*u8", "b": "*u8", "a_factor": "*fp32", "b_factor": "*fp32",
-    "c": "*bf16", "weight": "*bf16", "inverse": "*fp32",
+    "c": "*bf16", "weight": "*bf16", "inverse": "*fp32", "out": "*fp32",
 }  # fmt: skip
 NUMBERS = {"alpha": "fp32", "epsilon": "fp32", "threshold": "fp32", "seed": "i64", "seed_t": "i64"}
 
@@ -94,6 +96,18 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     yield "listed tiles", quant_residual._kernel, one, warps
     yield "listed tiles, stochastic", quant_residual._kernel, one | {"RANDOM": True}, warps
     yield "tiles by row, searched", quant_residual._kernel, one | searched | {"LISTED": False}, warps
+    yield from packed_cases()
+
+
+def packed_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
+    """Kernels that read packed weights."""
+    plain = {"BLOCK": 32, "METHOD": 0, "MACRO": 128, "FALLBACK": False}
+    both = plain | {"METHOD": terms.SEARCHED.value, "FALLBACK": True}
+    shape = {"BN": decode.WIDTH, "DEPTH": decode.DEPTH, "LENGTH": 2048, "table": None}
+    yield "decode, 16 rows", decode._kernel, plain | shape | {"BM": 16}, decode.WARPS
+    for name, constants in (("plain", plain), ("macro and fallback", both)):
+        yield f"decode, 64 rows, {name}", decode._kernel, constants | shape | {"BM": 64}, decode.WARPS
+    yield "expand", packed._expand_kernel, both | {"ROWS": packed._ROWS, "DEPTH": packed._DEPTH}, packed._WARPS
 
 
 def blackwell_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
@@ -111,11 +125,13 @@ def compile_kernel(kernel: Any, constants: dict[str, object], warps: int, arch: 
         if name in signature:
             signature[name] = "*u8" if constants["GROUP"] == 32 else "*fp8e4nv"
     signature |= dict.fromkeys(constants, "constexpr")
-    sizes = {n for n in names if "stride" in n or n in ("columns", "half", "n", "k") or n.endswith("width")}
+    sizes = {n for n in names if "stride" in n or n in ("columns", "half", "n", "k", "outputs") or n.endswith("width")}
     multiples = sizes | {n for n in names if signature[n].startswith("*")}
     aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in multiples}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
     options = {"num_warps": warps, "enable_fp_fusion": "METHOD" not in constants}  # as launched
+    if kernel is decode._kernel:
+        options["num_stages"] = decode.STAGES
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
     suffix = "-blackwell" if arch >= 100 else ""

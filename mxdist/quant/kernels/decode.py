@@ -1,0 +1,139 @@
+"""Products of few rows with packed weights, for decoding: weights are read once, as nibbles, and expanded in registers.
+
+    y = x W^T    x [M, K] quantised values, W packed; the numbers of x @ W.dequantise(x.dtype).t(), float32 accumulation
+
+With few rows a product takes as long as reading W, so a quarter of the bytes counts and arithmetic on x does not. The
+contraction may be split over programs (fewer output tiles than a GPU has multiprocessors); partial sums are added in a
+fixed order, so that the same x gives the same y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mxdist.quant.kernels.device import INTERPRETED
+from mxdist.quant.kernels.options import DECODE_ROWS
+from mxdist.quant.kernels.packed import UNSHIFT, Source, load_values
+from mxdist.quant.tensor import MXTensor
+
+WIDTH, DEPTH = 64, 128
+"""Outputs of a program, and elements along K that it takes at a time."""
+WARPS, STAGES = 4, 4
+PROGRAMS_PER_MULTIPROCESSOR = 3
+
+
+@triton.jit
+def _rounded(values, like):
+    """Values rounded to like's dtype, as float32: the interpreter cuts bits off instead."""
+    if like.dtype == tl.bfloat16:
+        bits = values.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        return bits.to(tl.float32, bitcast=True)
+    return values
+
+
+@triton.jit
+def _add_product(x, w, total):
+    """total [BM, BN] + x [BM, n] w [BN, n]^T, w float32 rounded to x's dtype first."""
+    if INTERPRETED:
+        return total + tl.dot(x.to(tl.float32), tl.trans(_rounded(w, x)), input_precision="ieee")
+    return tl.dot(x, tl.trans(w.to(x.dtype)), total, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _kernel(
+    x, x_stride, table, codes, scales, macro, residual_codes, residual_scales, alpha, out, rows, outputs, k,
+    code_width, scale_width, macro_width,
+    LENGTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
+    METHOD: tl.constexpr, MACRO: tl.constexpr, FALLBACK: tl.constexpr,
+):  # fmt: skip
+    tile, part = tl.program_id(1), tl.program_id(2)
+    expert, start, stop = 0, tile * BM, rows
+    if table is not None:
+        expert, start, stop = tl.load(table + 3 * tile), tl.load(table + 3 * tile + 1), tl.load(table + 3 * tile + 2)
+    column, r = tl.program_id(0) * BN + tl.arange(0, BN), start + tl.arange(0, BM)
+    weight_row = (expert * outputs + column % outputs).to(tl.int64)  # beyond the end, any will do
+    inside, left = (r < stop)[:, None], x + r.to(tl.int64)[:, None] * x_stride
+    total = tl.zeros((BM, BN), tl.float32)
+    for step in range(0, LENGTH, DEPTH):  # past the end of a row all are zeros
+        first = part * LENGTH + step
+        even, odd = load_values(
+            codes, scales, macro, residual_codes, residual_scales, alpha, weight_row, first,
+            code_width, scale_width, macro_width, DEPTH, BLOCK, METHOD, MACRO, FALLBACK, True,
+        )  # fmt: skip
+        c = first + tl.arange(0, DEPTH)
+        pairs = tl.load(left + c[None, :], mask=inside & (c < k)[None, :], other=0.0)
+        x_even, x_odd = tl.split(tl.reshape(pairs, [BM, DEPTH // 2, 2]))
+        total = _add_product(x_odd, odd, _add_product(x_even, even, total))
+    to = out + (part * rows + r).to(tl.int64)[:, None] * outputs + column[None, :]
+    tl.store(to, (total * UNSHIFT).to(out.dtype.element_ty), mask=inside & (column < outputs)[None, :])
+
+
+def multiply(x: Tensor, weight: MXTensor) -> Tensor:
+    """Return x W^T [M, N] of x's dtype for x [M, K] bfloat16 or float32, W packed [N, K].
+
+    Raises `UnsupportedOperandError` for weights that `options.missing_in_packed` names.
+    """
+    return _launch(x, weight, weight.shape[0], None)
+
+
+def multiply_experts(x: Tensor, weight: MXTensor, sizes: Sequence[int]) -> Tensor:
+    """Return [rows, N]: x [rows, K], grouped by expert in groups of `sizes`, group e times W_e^T.
+
+    weight  packed [experts * N, K], expert after expert; those without rows are not read.
+    """
+    return _launch(x, weight, weight.shape[0] // len(sizes), sizes)
+
+
+def _launch(x: Tensor, weight: MXTensor, outputs: int, sizes: Sequence[int] | None) -> Tensor:
+    source, (rows, k), device = Source.of(weight), x.shape, x.device
+    if k != weight.shape[1]:
+        raise ValueError(f"x [{rows}, {k}] and a weight {list(weight.shape)} share no contraction axis.")
+    if not rows or not k or not outputs:
+        return torch.zeros(rows, outputs, dtype=x.dtype, device=device)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    height = max(16, min(DECODE_ROWS, triton.next_power_of_2(rows if sizes is None else max(sizes))))
+    table, tiles = None, triton.cdiv(rows, height)
+    if sizes is not None:
+        lines = _tiles_of(sizes, height)
+        table, tiles = torch.tensor(lines, dtype=torch.int32, device=device), len(lines)
+    columns = triton.cdiv(outputs, WIDTH)
+    parts, length = _split(k, columns * tiles, _multiprocessors(device))
+    # The interpreter casts to bfloat16 by cutting bits off.
+    wide = parts > 1 or INTERPRETED.value
+    out = torch.empty(parts, rows, outputs, dtype=torch.float32 if wide else x.dtype, device=device)
+    _kernel[(columns, tiles, parts)](
+        x, x.stride(0), table, *source.pointers, source.alpha, out, rows, outputs, k, *source.widths,
+        LENGTH=length, BM=height, BN=WIDTH, DEPTH=DEPTH, **source.constants, num_warps=WARPS, num_stages=STAGES,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return (out[0] if parts == 1 else out.sum(0)).to(x.dtype)
+
+
+def _tiles_of(sizes: Sequence[int], height: int) -> list[tuple[int, int, int]]:
+    """Expert, first row and end of its rows, for every tile of at most `height` rows of one expert."""
+    lines, start = [], 0
+    for expert, size in enumerate(sizes):
+        lines += [(expert, first, start + size) for first in range(start, start + size, height)]
+        start += size
+    return lines
+
+
+def _split(k: int, tiles: int, multiprocessors: int) -> tuple[int, int]:
+    """Parts of the contraction, and elements of one: enough parts that `tiles` output tiles fill the GPU."""
+    steps = triton.cdiv(k, DEPTH)
+    parts = min(steps, max(1, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // tiles))
+    length = triton.cdiv(steps, parts)
+    return triton.cdiv(steps, length), length * DEPTH
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
