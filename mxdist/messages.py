@@ -106,6 +106,7 @@ class EngineReport:
 
     quantised_modules: tuple[str, ...]  # Hugging Face names of the quantised linears, sorted
     noise_modules: tuple[str, ...]  # norms that adaptive quantisation noise will touch
+    bytes_per_quantised_weight: float  # held for an element of the quantised linears, on average; 0 without any
     resident_mib: float
 
 

@@ -122,7 +122,11 @@ def _agree_on_modules(
         f"learner rank {report.rank} {report.resident_mib:.0f} MiB ({report.parameters:,} parameters)"
         for report in learners
     ]
-    memory += [f"rollout worker {index} {report.resident_mib:.0f} MiB" for index, report in enumerate(engines)]
+    memory += [
+        f"rollout worker {index} {report.resident_mib:.0f} MiB ({report.bytes_per_quantised_weight:.2f} bytes per "
+        "quantised weight)"
+        for index, report in enumerate(engines)
+    ]
     console.note(f"resident memory: {', '.join(memory)}")
     console.note(f"noise goes to {len(engines[0].noise_modules)} norms: {compact_names(engines[0].noise_modules)}")
 

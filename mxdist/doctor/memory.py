@@ -126,11 +126,11 @@ def engine_memory(config: Config, on_gpu: bool) -> ProcessMemory:
     rollout = config.rollout
     scores = rollout.max_sequences * vocabulary(config) * (element + 2 * FLOAT32)  # logits, float32 ones, log-probs
     items = {
-        "weights": numbers.total * element,
+        "weights": (numbers.total - (numbers.quantised if on_gpu else 0)) * element,  # of quantised ones: on a CPU
         "packed weights": numbers.packed_bytes,
         "KV cache": rollout.kv_cache_mib * MIB,
         "logits and scores": scores,
-        # While weights are loaded, the largest fused matrix exists twice.
+        # While weights are loaded, or multiplied with many tokens on a GPU, the largest fused matrix exists as values.
         "loading weights": max(0, _largest_fused(config) * element - scores),
         "work space": CUDA_CONTEXT if on_gpu else CPU_SCRATCH if numbers.quantised else 0,
     }

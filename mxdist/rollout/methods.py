@@ -15,11 +15,11 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-from mxdist.quant.linear import mx_linear
 from mxdist.quant.recipe import Recipe
 from mxdist.rollout.disk_weights import DiskWeight, rows_of_experts, rows_of_splits, whole_rows
 from mxdist.rollout.experts import route, run_experts
 from mxdist.rollout.live_weight import LiveWeight
+from mxdist.rollout.products import linear
 
 
 class LiveLinearMethod(LinearMethodBase):
@@ -49,8 +49,7 @@ class LiveLinearMethod(LinearMethodBase):
             layer.disk.finish(layer.prefix)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        weight = layer.live.values
-        return mx_linear(x, weight, weight, self.recipe, bias, name=layer.prefix)
+        return linear(x, layer.live, self.recipe, bias, layer.prefix)
 
 
 class LiveRouterMethod(LiveLinearMethod):

@@ -22,6 +22,7 @@ from mxdist.model.recipes import ModelRecipes
 from mxdist.quant.checksum import checksum
 from mxdist.quant.format import E8M0_NAN
 from mxdist.rollout.live_weight import LiveWeight
+from mxdist.rollout.products import live_values
 from mxdist.sync.payload import VALUES, as_tensor, gather_entries, values_checksum
 
 
@@ -48,9 +49,15 @@ class Slot:
         plain = self.owner.weight if isinstance(self.owner, RMSNorm) else self.owner.bias
         return {VALUES: plain.detach()[self.rows]}
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if isinstance(self.owner, LiveWeight):
+            return (self.rows.stop - self.rows.start, self.owner.shape[1])
+        return tuple(self.parts()[VALUES].shape)
+
     def values(self) -> Tensor:
-        """What the forward pass multiplies."""
-        return self.owner.values[self.rows] if isinstance(self.owner, LiveWeight) else self.parts()[VALUES]
+        """What the forward pass multiplies: live, or made from the bytes where they are all that is kept."""
+        return live_values(self.owner, self.rows) if isinstance(self.owner, LiveWeight) else self.parts()[VALUES]
 
     def checksums(self) -> dict[str, int]:
         """By part, of the live buffers; "values" is what the forward pass multiplies, in float32 form."""
@@ -101,8 +108,8 @@ def _linear_slots(path: str, module: Any, vocab_size: int) -> Iterator[Slot]:
 
 
 def _expert_slots(path: str, module: RoutedExperts) -> Iterator[Slot]:
-    hidden, wide = module.live_w13.values.shape[1], module.live_w2.values.shape[1]
-    for expert in range(module.live_w2.values.shape[0] // hidden):
+    hidden, wide = module.live_w13.shape[1], module.live_w2.shape[1]
+    for expert in range(module.live_w2.shape[0] // hidden):
         place = f"{path}.{expert}"
         for offset, name in enumerate(("gate_proj", "up_proj")):
             start = (2 * expert + offset) * wide
@@ -110,26 +117,33 @@ def _expert_slots(path: str, module: RoutedExperts) -> Iterator[Slot]:
         yield Slot(f"{place}.down_proj.weight", module.live_w2, slice(expert * hidden, (expert + 1) * hidden))
 
 
-def load(slots: dict[str, Slot], payloads: Sequence[WeightPayload], recipes: ModelRecipes) -> int:
-    """Copy a whole set of weights into the live model, all or nothing, and return its version.
+def bytes_per_element(slots: dict[str, Slot]) -> float:
+    """Bytes that the engine holds for an element of its quantised weights; 0 when it has none."""
+    owners = [slot.owner for slot in slots.values() if slot.kind == "mx"]
+    weights = {id(owner): owner for owner in owners if isinstance(owner, LiveWeight)}.values()
+    elements = sum(weight.shape[0] * weight.shape[1] for weight in weights)
+    return sum(part.nbytes for weight in weights for part in weight.buffers()) / elements if elements else 0.0
 
-    Raises:
-        ParityError: naming the first thing wrong (another recipe or version on one rank; a tensor that is missing,
-            unknown or sent twice; wrong kind, shape, parts or dtype; a NaN or Inf). Nothing has been written then.
-    """
-    entries = _checked(slots, payloads, recipes)
+
+def write(slots: dict[str, Slot], entries: dict[str, TensorEntry]) -> None:
+    """Copy a whole set of weights, as ``checked`` returned it, into the live model."""
     for name, entry in entries.items():
         for part, live in slots[name].parts().items():
             live.copy_(as_tensor(entry.parts[part]))
     for owner in {id(slot.owner): slot.owner for slot in slots.values()}.values():
         if isinstance(owner, LiveWeight):
             owner.refresh()
-    return payloads[0].version
 
 
-def _checked(
-    slots: dict[str, Slot], payloads: Sequence[WeightPayload], recipes: ModelRecipes
-) -> dict[str, TensorEntry]:
+def checked(slots: dict[str, Slot], payloads: Sequence[WeightPayload], recipes: ModelRecipes) -> dict[str, TensorEntry]:
+    """The entries of a whole set of weights by name, after every one has been held against its slot and its checksums.
+
+    Nothing is written. On a GPU one part at a time is there for its checksum.
+
+    Raises:
+        ParityError: naming the first thing wrong (another recipe or version on one rank; a tensor that is missing,
+            unknown or sent twice; wrong kind, shape, parts or dtype; a NaN or Inf; bytes that changed on their way).
+    """
     if not payloads:
         raise ParityError("a weight sync came without payloads")
     for rank, payload in enumerate(payloads):
@@ -158,7 +172,7 @@ def _in_words(recipes: dict[str, Any]) -> str:
 
 
 def _check_entry(slot: Slot, entry: TensorEntry) -> None:
-    shape = tuple(slot.values().shape)
+    shape = slot.shape
     if entry.kind != slot.kind:
         raise ParityError(f"{entry.name} was sent as {entry.kind}; the engine holds it as {slot.kind}")
     if tuple(entry.shape) != shape:
@@ -187,3 +201,6 @@ def _check_entry(slot: Slot, entry: TensorEntry) -> None:
                 f"{entry.name}, part {part}, was sent as {sent.dtype} with values that the engine's "
                 f"{live.dtype} cannot hold"
             )
+        arrived = values_checksum(sent.to(live.device)) if part == VALUES else checksum(sent.to(live.device))
+        if arrived != entry.checksums.get(part):
+            raise ParityError(f"{entry.name}, part {part}, changed on its way: its checksum is not the learner's")

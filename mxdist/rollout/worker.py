@@ -85,6 +85,7 @@ class RolloutWorker:
         return EngineReport(
             quantised_modules=tuple(sorted(slot.module for slot in self._slots.values() if slot.kind == "mx")),
             noise_modules=self._injector.names,
+            bytes_per_quantised_weight=slots.bytes_per_element(self._slots),
             resident_mib=psutil.Process().memory_info().rss / 2**20,
         )
 
@@ -95,11 +96,14 @@ class RolloutWorker:
             Hugging Face tensor name -> part -> checksum, computed from the live buffers after the copy.
 
         Raises:
-            ParityError: see ``slots.load``; the engine then goes on with its old weights.
+            ParityError: see ``slots.checked``; the engine then goes on with its old weights.
         """
         from mxdist.rollout import slots
 
-        self._version = slots.load(self._slots, payloads, self._recipes)
+        entries = slots.checked(self._slots, payloads, self._recipes)
+        self._version = -1  # a copy that fails half-way leaves weights that nothing may be sampled with
+        slots.write(self._slots, entries)
+        self._version = payloads[0].version
         self._engine.forget_prefixes()
         return {name: slot.checksums() for name, slot in self._slots.items()}
 
@@ -180,6 +184,8 @@ def _sample(output: "CompletionOutput") -> Sample:
     logprobs = np.asarray(output.logprobs.logprobs, dtype=np.float32)
     if tokens.shape != logprobs.shape:
         raise RuntimeError(f"vLLM returned {len(logprobs)} log-probabilities for {len(tokens)} tokens")
+    if not np.isfinite(logprobs).all():
+        raise RuntimeError("vLLM sampled a token with a log-probability that is not finite: NaN in a layer's output")
     return Sample(tokens, logprobs, finished=output.finish_reason == "stop")
 
 

@@ -91,6 +91,9 @@ def test_the_estimate_of_an_engines_weights_is_that_of_its_live_matrices(recipe:
             bytes_of["values" if name == "values" else "packed"] += part.nbytes
     plain = 2 * (2 * 1024 * 256 + 256 + 3 * (2 * 256 + 2 * 32 + 8 * 256))  # embedding, head, norms, routers
     assert (items["weights"], items["packed weights"]) == (bytes_of["values"] + plain, bytes_of["packed"])
+    on_gpu = engine_memory(config, on_gpu=True).items
+    values = bytes_of["values"] if operand is None else 0  # bytes are all that it keeps
+    assert (on_gpu["weights"], on_gpu["packed weights"]) == (values + plain, bytes_of["packed"])
 
 
 @pytest.mark.parametrize("columns", [32, 96, 100, 128, 200])

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,15 @@ def test_a_run_on_one_gpu_keeps_learner_and_engine_equal_and_holds_memory_on_it(
     assert last["parity/checked_tensors"] > 0
     assert last["perf/gpu_memory_mib/learner"] > 0
     assert last["perf/gpu_memory_mib/rollout"] > 0
+
+
+@pytest.mark.parametrize("recipe", ["mxfp4", "mxfp4_mbs"])
+def test_an_engine_on_a_gpu_keeps_the_bytes_of_quantised_weights_alone(recipe: str, tmp_path: Path) -> None:
+    chosen = [f"recipe={recipe}", "model.dtype=bfloat16"]
+    done = mxdist("train", QUICKSTART, *SHORT, *ONE_GPU, *chosen, f"run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert done.code == 0, done.err
+    [held] = re.findall(r"\(([0-9.]+) bytes per quantised weight\)", done.out)
+    assert 0.5 < float(held) <= 0.56
 
 
 def test_a_profile_on_a_gpu_has_mfu_and_gpu_memory(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from mxdist.rollout.live_weight import LiveWeight
 EXPERTS, HIDDEN, WIDE, TOP_K = 5, 64, 32, 3
 
 
-def filled(rows: int, columns: int, recipe_name: str, seed: int) -> LiveWeight:
+def filled(rows: int, columns: int, recipe_name: str, seed: int, dtype: torch.dtype = torch.float32) -> LiveWeight:
     operand = get_recipe(recipe_name).w
-    weight = LiveWeight(rows, columns, operand, torch.float32)
+    weight = LiveWeight(rows, columns, operand, dtype)
     values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     sent = quantise(values, operand).parts() if operand else {"values": values}
     for part, live in weight.parts().items():
@@ -69,6 +69,21 @@ def test_a_tokens_result_does_not_depend_on_its_place_in_the_batch(recipe_name: 
     forwards = run_experts(x, weights, experts, w13, w2, recipe, recipe, "experts")
     backwards = run_experts(x.flip(0), weights.flip(0), experts.flip(0), w13, w2, recipe, recipe, "experts")
     torch.testing.assert_close(backwards.flip(0), forwards, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("recipe_name", ["bf16", "mxfp4", "mxfp4_mbs_of"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_whose_bytes_alone_are_kept_give_the_same_bits(recipe_name: str, dtype: torch.dtype) -> None:
+    recipe = get_recipe(recipe_name)
+    w13 = filled(EXPERTS * 2 * WIDE, HIDDEN, recipe_name, 0, dtype)
+    w2 = filled(EXPERTS * HIDDEN, WIDE, recipe_name, 1, dtype)
+    x = torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(3)).to(dtype)
+    weights, experts = route(x[:, :EXPERTS], TOP_K, True)
+    before = run_experts(x, weights, experts, w13, w2, recipe, recipe, "experts")
+    for weight in (w13, w2):
+        weight.drop_values()
+        assert (weight.values is None) == recipe.quantises
+    assert torch.equal(run_experts(x, weights, experts, w13, w2, recipe, recipe, "experts"), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

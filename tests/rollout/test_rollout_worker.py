@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -302,6 +303,9 @@ SPOILT = {
     "part scales, holds a NaN": lambda sent: spoil_entry(
         sent, parts=lambda entry: entry.parts | {"scales": np.full_like(entry.parts["scales"], 255)}
     ),
+    "part codes, changed on its way": lambda sent: spoil_entry(
+        sent, parts=lambda entry: entry.parts | {"codes": entry.parts["codes"] ^ (np.arange(32) == 5)}
+    ),
     "without payloads": lambda _sent: [],
 }
 
@@ -316,6 +320,18 @@ def test_a_failed_load_names_the_fault_and_leaves_the_old_weights_whole(engine: 
         engine.load(SPOILT[complaint](sent))
     assert engine.run(live_checksums) == before
     assert engine.generate(request_of(PROMPTS[:1], samples=1)).groups[0].policy_version == 1
+
+
+@only_quantised_moe
+def test_a_copy_that_fails_half_way_leaves_nothing_to_sample_with_until_the_next_sync(engine: EngineProcess) -> None:
+    sync(engine, seed=1, version=1)
+    sent = payloads(random_tensors(engine.shape, 2), model_recipes(engine.config), 2)
+    with pytest.raises(OSError, match="half-way"):
+        engine.run(load_and_fail_half_way, sent)
+    with pytest.raises(RuntimeError, match="before any weights"):
+        engine.generate(request_of(PROMPTS[:1]))
+    sync(engine, seed=1, version=3)
+    assert engine.generate(request_of(PROMPTS[:1])).groups[0].policy_version == 3
 
 
 @pytest.mark.parametrize("engine", ["dense-mxfp4_mbs_of-bfloat16"], indirect=True)
@@ -341,6 +357,23 @@ def test_a_head_size_the_attention_lacks_is_named_with_those_it_has(engine: Engi
     engine.run(check_head_size, 32)
 
 
+# Bytes alone, as on a GPU; last, because values do not come back ------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["moe-mxfp4_mbs_of-float32", "dense-mixed-float32"], indirect=True)
+def test_an_engine_that_keeps_bytes_alone_gives_the_same_answers_and_checksums(engine: EngineProcess) -> None:
+    sync(engine, seed=1, version=1)
+    before, checksums = answers(engine.generate(request_of())), engine.run(live_checksums)
+    kept = engine.run(drop_values)
+    assert kept < engine.report.bytes_per_quantised_weight - 3.9, "float32 values beside the bytes are gone"
+    assert engine.run(live_checksums) == checksums
+    assert answers(engine.generate(request_of())) == before
+    sync(engine, seed=2, version=2)
+    assert answers(engine.generate(request_of())) != before
+    sync(engine, seed=1, version=3)
+    assert answers(engine.generate(request_of())) == before
+
+
 # Executed in the engine's process --------------------------------------------------------------------------------
 
 
@@ -356,6 +389,41 @@ def live_checksums_under_noise(worker: RolloutWorker, noise: Noise) -> dict[str,
 def flip_bit(worker: RolloutWorker, name: str, part: str) -> None:
     slot = worker._slots[name]
     (slot.parts() | {"values": slot.values()})[part].view(torch.uint8)[3, 5] ^= 1
+
+
+def load_and_fail_half_way(worker: RolloutWorker, sent: list[WeightPayload]) -> None:
+    """As if the last tensor's memory could not be written."""
+    last = max(worker._slots)
+    slot, worker._slots[last] = worker._slots[last], FullSlot(worker._slots[last])
+    try:
+        worker.load_weights(sent)
+    finally:
+        worker._slots[last] = slot
+
+
+class FullSlot:
+    """A slot that passes every check and fails when it is written; ``parts`` is read once for each."""
+
+    def __init__(self, slot: Any) -> None:
+        self._slot, self._reads = slot, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._slot, name)
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        self._reads += 1
+        if self._reads > 1:
+            raise OSError("half-way")
+        return self._slot.parts()
+
+
+def drop_values(worker: RolloutWorker) -> float:
+    from mxdist.rollout.slots import bytes_per_element
+
+    for slot in worker._slots.values():
+        if slot.kind == "mx":
+            slot.owner.drop_values()
+    return bytes_per_element(worker._slots)
 
 
 def generate_as_if_fresh(worker: RolloutWorker, request: RolloutRequest) -> RolloutResult:

@@ -16,10 +16,13 @@ import torch
 import triton
 
 from mxdist.quant.kernels.plan import device_lacks
-from tools.bench import gemms, layers, peers, quantisers
+from tools.bench import decoding, gemms, layers, peers, quantisers
 from tools.bench.timing import Row, measure_ceilings
 
-TABLES = {"quantisers": quantisers.rows, "gemms": gemms.rows, "layers": layers.rows, "peers": peers.rows}
+TABLES = {
+    "quantisers": quantisers.rows, "gemms": gemms.rows, "layers": layers.rows, "peers": peers.rows,
+    "decoding": decoding.rows,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ fixed order, so that the same x gives the same y.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -75,23 +76,51 @@ def _kernel(
     tl.store(to, (total * UNSHIFT).to(out.dtype.element_ty), mask=inside & (column < outputs)[None, :])
 
 
-def multiply(x: Tensor, weight: MXTensor) -> Tensor:
-    """Return x W^T [M, N] of x's dtype for x [M, K] bfloat16 or float32, W packed [N, K].
+def multiply(x: Tensor, weight: MXTensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + bias [M, N] of x's dtype, rounded once, for x [M, K] bfloat16 or float32, W packed [N, K].
 
     Raises `UnsupportedOperandError` for weights that `options.missing_in_packed` names.
     """
-    return _launch(x, weight, weight.shape[0], None)
+    return _launch(x, weight, weight.shape[0], None, bias)
 
 
-def multiply_experts(x: Tensor, weight: MXTensor, sizes: Sequence[int]) -> Tensor:
-    """Return [rows, N]: x [rows, K], grouped by expert in groups of `sizes`, group e times W_e^T.
+@dataclass(frozen=True, slots=True, eq=False)
+class Groups:
+    """Rows grouped by expert, cut into tiles of at most `height` rows of one expert.
+
+    experts  how many there are
+    table    int32 [tiles, 3] on the device: a tile's expert, its first row, and the end of the expert's rows
+    """
+
+    experts: int
+    height: int
+    table: Tensor
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], device: torch.device) -> Groups:
+        """For groups of `sizes` rows, in the experts' order."""
+        lines, start, height = [], 0, _height(max(sizes))
+        for expert, size in enumerate(sizes):
+            lines += [(expert, first, start + size) for first in range(start, start + size, height)]
+            start += size
+        return cls(len(sizes), height, torch.tensor(lines, dtype=torch.int32).to(device))
+
+
+def multiply_experts(x: Tensor, weight: MXTensor, groups: Groups) -> Tensor:
+    """Return [rows, N]: x [rows, K], grouped by expert, group e times W_e^T.
 
     weight  packed [experts * N, K], expert after expert; those without rows are not read.
     """
-    return _launch(x, weight, weight.shape[0] // len(sizes), sizes)
+    return _launch(x, weight, weight.shape[0] // groups.experts, groups)
 
 
-def _launch(x: Tensor, weight: MXTensor, outputs: int, sizes: Sequence[int] | None) -> Tensor:
+def _height(rows: int) -> int:
+    return max(16, min(DECODE_ROWS, triton.next_power_of_2(rows)))
+
+
+def _launch(
+    x: Tensor, weight: MXTensor, outputs: int, groups: Groups | None = None, bias: Tensor | None = None
+) -> Tensor:
     source, (rows, k), device = Source.of(weight), x.shape, x.device
     if k != weight.shape[1]:
         raise ValueError(f"x [{rows}, {k}] and a weight {list(weight.shape)} share no contraction axis.")
@@ -99,31 +128,20 @@ def _launch(x: Tensor, weight: MXTensor, outputs: int, sizes: Sequence[int] | No
         return torch.zeros(rows, outputs, dtype=x.dtype, device=device)
     if x.stride(1) != 1:
         x = x.contiguous()
-    height = max(16, min(DECODE_ROWS, triton.next_power_of_2(rows if sizes is None else max(sizes))))
-    table, tiles = None, triton.cdiv(rows, height)
-    if sizes is not None:
-        lines = _tiles_of(sizes, height)
-        table, tiles = torch.tensor(lines, dtype=torch.int32, device=device), len(lines)
+    height = groups.height if groups else _height(rows)
+    table, tiles = (groups.table, len(groups.table)) if groups else (None, triton.cdiv(rows, height))
     columns = triton.cdiv(outputs, WIDTH)
     parts, length = _split(k, columns * tiles, _multiprocessors(device))
     # The interpreter casts to bfloat16 by cutting bits off.
-    wide = parts > 1 or INTERPRETED.value
+    wide = parts > 1 or bias is not None or INTERPRETED.value
     out = torch.empty(parts, rows, outputs, dtype=torch.float32 if wide else x.dtype, device=device)
     _kernel[(columns, tiles, parts)](
         x, x.stride(0), table, *source.pointers, source.alpha, out, rows, outputs, k, *source.widths,
         LENGTH=length, BM=height, BN=WIDTH, DEPTH=DEPTH, **source.constants, num_warps=WARPS, num_stages=STAGES,
         enable_fp_fusion=False,
     )  # fmt: skip
-    return (out[0] if parts == 1 else out.sum(0)).to(x.dtype)
-
-
-def _tiles_of(sizes: Sequence[int], height: int) -> list[tuple[int, int, int]]:
-    """Expert, first row and end of its rows, for every tile of at most `height` rows of one expert."""
-    lines, start = [], 0
-    for expert, size in enumerate(sizes):
-        lines += [(expert, first, start + size) for first in range(start, start + size, height)]
-        start += size
-    return lines
+    total = out[0] if parts == 1 else out.sum(0)
+    return (total if bias is None else total + bias).to(x.dtype)
 
 
 def _split(k: int, tiles: int, multiprocessors: int) -> tuple[int, int]:

@@ -3,9 +3,9 @@
     load_values   a piece as float32 in registers, for `decode`
     expand        all of it as values, for a GEMM in high precision
 
-As E4M3 bytes, for an FP8 GEMM: `unpack`. Values are those of `MXTensor.dequantise`, bit for bit. Launch with enable_fp_fusion=False: a fused multiply-add would
-round a sum of two terms once where the reference rounds twice. Weights with NaN blocks are not read: a sync refuses
-them.
+`unpack` makes E4M3 bytes of them, for an FP8 GEMM. Values are those of `MXTensor.dequantise`, bit for bit. Launch with
+enable_fp_fusion=False: a fused multiply-add would round a sum of two terms once where the reference rounds twice.
+Weights with NaN blocks are not read: a sync refuses them.
 """
 
 from __future__ import annotations

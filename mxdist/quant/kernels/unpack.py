@@ -43,8 +43,8 @@ def _kernel(
 def unpack(mx: MXTensor, nonfinite: NonFinite = "error") -> Fp8Matrix:
     """Return an `MXTensor` [..., K] with blocks of 32 as form TILE [rows, K]: bytes and scales of `e4m3.to_e4m3`.
 
-    ValueError for a tensor with outlier fallback, macro blocks other than of 128, other blocks, or NaN blocks; for these
-    "propagate" does not look, so as not to wait for the device.
+    ValueError for a tensor with outlier fallback, macro blocks other than of 128, other blocks, or NaN blocks; with
+    nonfinite "propagate" nobody looks for those, nor waits for the device.
     """
     operand, k = mx.operand, mx.shape[-1]
     if operand.fallback is not None or operand.block != 32 or (operand.macro and operand.macro.size != TILE):

@@ -80,7 +80,7 @@ def test_a_contraction_is_split_until_the_gpu_is_full() -> None:
 def test_experts_equal_one_product_each(sizes: tuple[int, ...]) -> None:
     outputs, weight = 48, packed(4 * 48, 256, OPERANDS["search"])
     x = quantised(sum(sizes), 256, torch.float32)
-    got, start = decode.multiply_experts(x, weight, sizes), 0
+    got, start = decode.multiply_experts(x, weight, decode.Groups.of(sizes, DEVICE)), 0
     for expert, size in enumerate(sizes):
         own = weight[expert * outputs : (expert + 1) * outputs]
         assert_is_rounding_of(got[start : start + size], x[start : start + size], own)
@@ -90,7 +90,8 @@ def test_experts_equal_one_product_each(sizes: tuple[int, ...]) -> None:
 def test_no_rows_give_no_rows() -> None:
     weight = packed(16, 128, Operand())
     assert decode.multiply(torch.zeros(0, 128, device=DEVICE), weight).shape == (0, 16)
-    assert decode.multiply_experts(torch.zeros(0, 128, device=DEVICE), weight, (0, 0)).shape == (0, 8)
+    groups = decode.Groups.of((0, 0), DEVICE)
+    assert decode.multiply_experts(torch.zeros(0, 128, device=DEVICE), weight, groups).shape == (0, 8)
 
 
 def test_what_the_bytes_do_not_say_is_refused() -> None:
