@@ -27,6 +27,7 @@ from mxdist.control.waits import Pending, wait_for
 from mxdist.errors import UserError
 from mxdist.model.shape import ModelShape
 
+START_ATTEMPTS = 2
 LEARNER_NAME = "learner rank"
 LEARNER = "mxdist.learner.worker:LearnerWorker"
 ROLLOUT = "mxdist.rollout.worker:RolloutWorker"
@@ -141,8 +142,8 @@ def start_ray(config: Config) -> None:
     """Start Ray on this machine, or join the cluster of ``cluster.address``, and check that the run fits.
 
     Raises:
-        UserError: the cluster cannot be reached, or has fewer CPUs or GPUs than the layout asks for; or two learner
-            ranks may come to share a GPU.
+        UserError: Ray does not start here; the cluster cannot be reached, or has fewer CPUs or GPUs than the layout
+            asks for; or two learner ranks may come to share a GPU.
     """
     # Calls that nobody waits for any more, since their process is being replaced, would show their tracebacks.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
@@ -159,18 +160,7 @@ def start_ray(config: Config) -> None:
         "runtime_env": {"env_vars": WORKER_ENVIRONMENT | network.worker_variables(config)},
     }
     if config.cluster.address is None:
-        # Logical CPUs: the actors share whatever cores there are.
-        logical = max(int(cpus_wanted(config)) + 1, os.cpu_count() or 1)
-        # Ray puts the interpreter's path unquoted into a shell command: a checkout path with a space would hang.
-        common["runtime_env"]["py_executable"] = shlex.quote(sys.executable)
-        ray.init(
-            address="local",  # else it would join any cluster that it finds running here
-            _node_ip_address=LOOPBACK,
-            num_cpus=logical,
-            include_dashboard=False,
-            object_store_memory=object_store_bytes(config.model),
-            **common,
-        )
+        _start_here(config, common)
     else:
         _join_cluster(config.cluster.address, common)
     signal.signal(signal.SIGTERM, on_sigterm)  # ray.init has set its own
@@ -182,6 +172,32 @@ def start_ray(config: Config) -> None:
                 f"the layout asks for {wanted:g} {kind}s but Ray has {have.get(kind, 0):g} free; lower learner.ranks, "
                 f"rollout.workers or their {kind.lower()}s, or add nodes"
             )
+
+
+def _start_here(config: Config, common: dict[str, Any]) -> None:
+    """Once more when Ray gives up, as it does after 30 seconds, which a busy machine can take."""
+    # Ray puts the interpreter's path unquoted into a shell command: a checkout path with a space would hang.
+    common["runtime_env"]["py_executable"] = shlex.quote(sys.executable)
+    for _ in range(START_ATTEMPTS):
+        try:
+            ray.init(
+                address="local",  # else it would join any cluster that it finds running here
+                _node_ip_address=LOOPBACK,
+                # Logical CPUs: the actors share whatever cores there are.
+                num_cpus=max(int(cpus_wanted(config)) + 1, os.cpu_count() or 1),
+                include_dashboard=False,
+                object_store_memory=object_store_bytes(config.model),
+                **common,
+            )
+            return
+        except Exception as error:  # Ray has no narrower type for it
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+    raise UserError(
+        f"Ray did not start here within its 30 s, {START_ATTEMPTS} times over (load {os.getloadavg()[0]:.0f} on "
+        f"{os.cpu_count()} cores); start the run when the machine is less busy"
+    )
 
 
 def _join_cluster(address: str, arguments: dict[str, Any]) -> None:

@@ -104,6 +104,22 @@ def test_a_layout_that_the_cluster_cannot_hold_is_refused_with_both_numbers() ->
         start_ray(Config())
 
 
+def test_a_ray_that_is_too_slow_to_start_is_started_once_more_and_then_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attempts = []
+
+    def too_slow(**options: object) -> None:
+        attempts.append(options)
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr("mxdist.control.processes.ray.init", too_slow)
+    monkeypatch.setattr("mxdist.control.processes.ray.shutdown", lambda: None)  # Ray is in use here
+    with pytest.raises(UserError, match=r"Ray did not start here within its 30 s, 2 times over \(load \d+ on"):
+        start_ray(Config())
+    assert len(attempts) == 2
+
+
 def test_a_cluster_that_does_not_answer_is_named() -> None:
     ray.shutdown()
     try:
