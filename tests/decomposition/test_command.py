@@ -107,6 +107,14 @@ def test_the_page_needs_nothing_else_and_shows_four_figures(report: Report) -> N
         assert f"<h2>{title}" in page
 
 
+def test_the_page_shows_the_names_of_a_checkpoint_and_does_not_run_them(report: Report) -> None:
+    hostile = "<script>alert(1)</script>"
+    data = json.loads(json_text(report).replace("q_proj", hostile)) | {"path": hostile, "command": hostile}
+    page = html_text(Report.from_dict(data))
+    assert "<script>alert" not in page
+    assert page.count("&lt;script&gt;alert(1)") >= 3
+
+
 def test_the_command_prints_tables_and_writes_files_once(gaussian: Path, tmp_path: Path) -> None:
     arguments = (gaussian, "--only", "*.layers.1.*", "--out", tmp_path / "new" / "out")
     done = mxdist(*arguments)

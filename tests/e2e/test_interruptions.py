@@ -15,6 +15,9 @@ import pytest
 
 from tests.e2e.command import QUICKSTART, SHORT, mxdist
 
+SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+SECRET = "5ec4e7" * 6 + "abcd"
+
 
 def start(run_dir: Path, *settings: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-u", "-m", "mxdist", "train", str(QUICKSTART), f"run.dir={run_dir}", *SHORT, *settings]
@@ -43,7 +46,10 @@ def read_until(process: "subprocess.Popen[str]", text: str) -> str:
 @pytest.fixture(scope="module")
 def training(tmp_path_factory: pytest.TempPathFactory) -> Iterator["subprocess.Popen[str]"]:
     """A run in training, which the tests that stand first leave as it is."""
-    process = start(tmp_path_factory.mktemp("training") / "run", "run.steps=5000")
+    with pytest.MonkeyPatch.context() as environment:
+        for name in SECRETS:
+            environment.setenv(name, SECRET)
+        process = start(tmp_path_factory.mktemp("training") / "run", "run.steps=5000")
     read_until(process, "/5000  reward")
     yield process
     if process.poll() is None:
@@ -63,6 +69,17 @@ def test_every_socket_of_a_run_on_one_machine_is_on_loopback(training: "subproce
     assert {"gcs_server", "raylet"} <= {name for name, *_ in sockets}
     assert any(name.startswith("ray::") for name, *_ in sockets)  # such as gloo's in the learner's ranks
     assert [found for found in sockets if not ip_address(found[1]).is_loopback] == []
+
+
+def test_secrets_of_the_environment_reach_no_file_and_no_list_of_processes(training: "subprocess.Popen[str]") -> None:
+    root = psutil.Process(training.pid)
+    members = [root, *root.children(recursive=True)]
+    assert [member.pid for member in members if SECRET in member.environ().values()]  # it was there to be told
+    assert [member.cmdline() for member in members if any(SECRET in part for part in member.cmdline())] == []
+    run_dir = Path(root.cwd()) / "run"
+    files = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert run_dir / "config.yaml" in files
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
 def test_control_c_in_training_ends_every_process_and_says_so_in_one_line(training: "subprocess.Popen[str]") -> None:
