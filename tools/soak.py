@@ -3,11 +3,11 @@
     python -m tools.soak RUN_DIR                       # 30 minutes, a fault about every 60 s
     python -m tools.soak RUN_DIR --minutes 8 --seed 3
 
-The faults: kill -9 of a rollout worker, of a learner rank, of a reward worker, of the controller with everything it
-started (which a scheduler would start again with 'mxdist resume', as happens here), and an engine that stops answering.
-When the time is over the run is asked to stop (SIGTERM), resumed for a few steps more, and ended undisturbed. Then the
-ledger has to add up. Prints a line for each fault and a table at the end, which soak.json in RUN_DIR has too; exits
-with 1 when something does not hold.
+The faults, each once in a random order and then again: kill -9 of a rollout worker, of a learner rank, of a reward
+worker, of the controller with everything it started (which a scheduler would start again with 'mxdist resume', as
+happens here), and an engine that stops answering. When the time is over the run is asked to stop (SIGTERM), resumed for
+a few steps more, and ended undisturbed. Then the ledger has to add up. Prints a line for each fault and a table at the
+end, which soak.json in RUN_DIR has too; exits with 1 when something does not hold.
 """
 
 import argparse
@@ -75,6 +75,7 @@ class Soak:
         self._random = random.Random(seed)
         self._process: subprocess.Popen[bytes] | None = None
         self._began = time.monotonic()
+        self._to_come: list[str] = []
         self.faults: list[Fault] = []
         self.exits: Counter[int] = Counter()
 
@@ -86,9 +87,13 @@ class Soak:
         self._process = subprocess.Popen([*command, *settings], cwd=ROOT, stdout=subprocess.DEVNULL)
 
     def fault(self) -> None:
-        """Let one fault happen, drawn at random; none when the process it would strike is not up."""
+        """Let one fault happen, drawn at random; none when the process it would strike is not up.
+
+        Each kind comes once before any comes again.
+        """
         assert self._process is not None
-        name = self._random.choice(sorted(FAULTS))
+        self._to_come = self._to_come or self._random.sample(sorted(FAULTS), len(FAULTS))
+        name = self._to_come.pop()
         pattern, number = FAULTS[name]
         if not pattern:
             victim = "all processes"
