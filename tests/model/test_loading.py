@@ -114,13 +114,14 @@ def taken_by_loading(worker: LearnerWorker, shape: ModelShape, folder: Path) -> 
     """Bytes that the process takes at the worst moment of loading, beyond what it held with the model built."""
     from mxdist.model.gpt import build_gpt
     from mxdist.model.loading import load_checkpoint
+    from mxdist.model.weights import hf_tensors
 
     model = build_gpt(shape, worker.config.learner)
     for parameter in model.parameters():
         parameter.detach().zero_()  # or their pages would be counted when they are written
     Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory begins anew (man 5 proc)
     before = peak_bytes()
-    load_checkpoint(model, shape, folder)
+    load_checkpoint(model, list(hf_tensors(model, shape)), shape, folder)
     return peak_bytes() - before
 
 
