@@ -66,7 +66,8 @@ def test_outputs_and_gradients_equal_a_loop_of_the_reference(recipe: Recipe, tok
     p = torch.rand(tokens, copies, device="cuda")
     leaves = [v.detach().requires_grad_() for v in (x, p, w1, w2)]
     prepared = tuple(prepare_expert_weights(w, recipe) for w in (w1, w2))
-    out = experts_mlp(*leaves, prepared, Segments.of(routed, EXPERTS), recipe)
+    leaf_x, leaf_p, leaf_w1, leaf_w2 = leaves
+    out = experts_mlp(leaf_x, leaf_p, leaf_w1, leaf_w2, prepared, Segments.of(routed, EXPERTS), recipe)
     got = (out.detach(), *torch.autograd.grad(out, leaves, dout))
     here = ((routed >= 0) & (routed < EXPERTS)).double()
     for name, ours, theirs in zip(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_reading_a_recipe_is_strict(change: dict, message: str) -> None:
         (lambda: Operand(rounding="stochastic", scale_rule="floor"), "needs the ceil scale rule"),
     ],
 )
-def test_values_out_of_range_are_one_clear_sentence(make, message: str) -> None:
+def test_values_out_of_range_are_one_clear_sentence(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         make()
     assert str(error.value).endswith(".")

@@ -30,7 +30,7 @@ TOKENS, EXPERTS, K = 150, 4, 128
 
 
 @triton.jit
-def _swiglu_kernel(gate, up, p, out, N: tl.constexpr):
+def _swiglu_kernel(gate, up, p, out, N: tl.constexpr):  # type: ignore[no-untyped-def]
     i = tl.arange(0, N)
     tl.store(out + i, swiglu(tl.load(gate + i), tl.load(up + i), tl.load(p + i)))
 
