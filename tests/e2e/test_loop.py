@@ -29,8 +29,6 @@ from mxdist.observe.console import Console
 from mxdist.observe.ledger import Ledger
 from mxdist.observe.loggers import Loggers
 from mxdist.observe.rollout_files import RolloutFiles
-from mxdist.sync.parity import compare_checksums
-from mxdist.sync.payload import learner_checksums
 from mxdist.tasks.base import Cursor, Task
 from mxdist.tasks.registry import make_task
 from tests.e2e.command import QUICKSTART, SHORT
@@ -165,7 +163,6 @@ def answers(scored: ScoredGroup) -> list[list[int]]:
 def test_one_flipped_bit_on_the_way_is_named_and_stops_the_run(up: Up) -> None:
     learners, pool = up.system.learners, up.system.pool
     payloads: list[WeightPayload] = wait_for(learners.export(7), 60, "sync")
-    expected = learner_checksums(payloads)
     [first, *rest] = payloads
     victim = next(index for index, entry in enumerate(first.entries) if entry.kind == "mx")
     entry = first.entries[victim]
@@ -174,9 +171,8 @@ def test_one_flipped_bit_on_the_way_is_named_and_stops_the_run(up: Up) -> None:
     damaged = replace(entry, parts={**entry.parts, "codes": codes})
     entries = (*first.entries[:victim], damaged, *first.entries[victim + 1 :])
     references = [ray.put(payload) for payload in (replace(first, entries=entries), *rest)]
-    [found] = pool.wait(pool.load_weights(references, 7), 60, "sync")
-    with pytest.raises(ParityError, match=f"{entry.name}, part codes"):
-        compare_checksums(expected, found)
+    with pytest.raises(ParityError, match=f"{entry.name}, part codes, changed on its way"):
+        pool.wait(pool.load_weights(references, 7), 60, "sync")
 
 
 def test_the_learners_ranks_hold_the_whole_model_between_them_each_tensor_once(up: Up) -> None:

@@ -1,7 +1,5 @@
-"""A cluster of simulated nodes on this machine, with Ray's token: the node that holds the rollout worker is lost,
-and the one that takes its place stops."""
+"""A cluster of simulated nodes on this machine, with Ray's token: the node that holds the rollout worker is lost."""
 
-import re
 import secrets
 import subprocess
 import sys
@@ -29,7 +27,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator["subprocess.Popen[str]"
         process.wait(60)
 
 
-def test_a_lost_and_a_stopped_node_of_rollout_workers_are_survived_when_another_has_room(
+def test_a_lost_node_of_rollout_workers_is_survived_when_another_has_room(
     cluster: "subprocess.Popen[str]", tmp_path: Path
 ) -> None:
     assert cluster.stdout is not None
@@ -42,19 +40,11 @@ def test_a_lost_and_a_stopped_node_of_rollout_workers_are_survived_when_another_
         "rollout.cpus_per_worker=5",  # which fits on no node with the learner
         "rollout.max_lag=1",
         "data.eval_problems=16",
-        "deadlines.rollout=10",
-        "deadlines.sync=10",
         "run.restarts=10",  # the learner may have been on the lost node, too
     )
     read_until(process, f"/{STEPS}  reward")
-    print("lose", file=cluster.stdin, flush=True)
-    read_until(process, "rollout worker 0 died during")
-    read_until(process, f"/{STEPS}  reward")
-    print("stop", file=cluster.stdin, flush=True)
-    late = read_until(process, "rollout worker 0 did not finish the").splitlines()[-1]  # before Ray gives the node up
-    [report] = re.findall(r"stacks of all processes are in (\S+);", late)
-    _, stacks = Path(report).read_text().split("=== rollout worker 0 (it is waited for)")
-    assert "cannot be reached" in stacks
+    print(file=cluster.stdin, flush=True)
     seen, _ = process.communicate(timeout=300)
     assert process.returncode == 0, seen
+    assert "rollout worker 0 died during" in seen
     assert check_ledger(run_dir, max_lag=1) == Account(steps=STEPS, trained=STEPS * 8, dropped=0)
