@@ -29,6 +29,8 @@ from mxdist.observe.console import Console
 from mxdist.observe.ledger import Ledger
 from mxdist.observe.loggers import Loggers
 from mxdist.observe.rollout_files import RolloutFiles
+from mxdist.sync.parity import compare_checksums
+from mxdist.sync.payload import learner_checksums
 from mxdist.tasks.base import Cursor, Task
 from mxdist.tasks.registry import make_task
 from tests.e2e.command import QUICKSTART, SHORT
@@ -173,6 +175,13 @@ def test_one_flipped_bit_on_the_way_is_named_and_stops_the_run(up: Up) -> None:
     references = [ray.put(payload) for payload in (replace(first, entries=entries), *rest)]
     with pytest.raises(ParityError, match=f"{entry.name}, part codes, changed on its way"):
         pool.wait(pool.load_weights(references, 7), 60, "sync")
+    # The gate behind it: an engine whose live bytes are not what the learner says.
+    [found] = pool.wait(pool.load_weights([ray.put(payload) for payload in payloads], 7), 60, "sync")
+    expected = learner_checksums(payloads)
+    compare_checksums(expected, found)
+    parts = expected[entry.name]
+    with pytest.raises(ParityError, match=f"{entry.name}, part codes"):
+        compare_checksums(expected | {entry.name: {**parts, "codes": parts["codes"] ^ 1}}, found)
 
 
 def test_the_learners_ranks_hold_the_whole_model_between_them_each_tensor_once(up: Up) -> None:
