@@ -54,7 +54,7 @@ def raise_if_other_backend(directory: Path, backend: str) -> None:
 
 def raise_if_other_model(directory: Path, shape: ModelShape) -> None:
     """UserError when the folder holds another model than ``shape``."""
-    saved, wanted = json.loads((directory / SHAPE_FILE).read_text()), json.loads(json.dumps(_description(shape)))
+    saved, wanted = json.loads((directory / SHAPE_FILE).read_text()), _description(shape)
     # How weights were first drawn, and in which type they are computed with, is not part of a model's shape.
     keys = [key for key in wanted if key not in ("initializer_range", "dtype") and saved.get(key) != wanted[key]]
     if keys:
