@@ -17,7 +17,7 @@ import triton
 
 from mxdist.quant.kernels.plan import device_lacks
 from tools.bench import decoding, gemms, layers, peers, quantisers
-from tools.bench.timing import Row, measure_ceilings
+from tools.bench.timing import Ceilings, Row, measure_ceilings
 
 TABLES = {
     "quantisers": quantisers.rows, "gemms": gemms.rows, "layers": layers.rows, "peers": peers.rows,
@@ -46,8 +46,12 @@ def main() -> None:
         for row in TABLES[table](ceilings):
             rows.append(row)
             print(row.line(), flush=True)
+        _write(arguments.out, ceilings, rows)  # after every table, should a later one fail
     for peer, reason in peers.absent.items():
         print(f"no row of {peer}: {reason}")
+
+
+def _write(out: Path, ceilings: Ceilings, rows: list[Row]) -> None:
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python -m tools.bench.run " + " ".join(sys.argv[1:]),
@@ -60,8 +64,8 @@ def main() -> None:
         "absent": peers.absent,
         "rows": [row.as_dict() for row in rows],
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
