@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from mxdist.config.explain import default_tags, explain
 from mxdist.config.hf_config import model_settings
-from mxdist.config.schema import Config, Gsm8kData, Section
+from mxdist.config.schema import Config, Gsm8kData, ModelConfig, Section
 from mxdist.config.yaml_text import KeyPath, YamlText, read_mapping, read_value
 from mxdist.errors import UserError
 
@@ -149,12 +149,17 @@ def _choose_default_variants(values: dict[str, Any]) -> None:
 
 
 def _take_shape_of_checkpoint(values: dict[str, Any], origins: Origins) -> None:
-    """With ``model.path``, fill in what its config.json says; a key that says otherwise is refused."""
+    """With ``model.path``, fill in what its config.json says; a key that says otherwise is refused.
+
+    A run's own configuration has every key already: its checkpoint need not be there any more.
+    """
     model = values.get("model")
     if not isinstance(model, dict) or not isinstance(path := model.get("path"), str):
         return
     if Path(path).expanduser().is_dir():
         path = model["path"] = str(Path(path).expanduser().absolute())
+    elif model.keys() >= ModelConfig.model_fields.keys():
+        return
     for key, value in model_settings(path).items():
         if model.setdefault(key, value) not in (value, None):
             raise UserError(

@@ -74,10 +74,11 @@ class _PassedOver:
 
 def _train(config: Config, task: Task, run_dir: RunDirectory, measurement: Measurement | None = None) -> None:
     """Train to the end, from the newest checkpoint if there is one; from there again as the supervisor decides."""
+    store = CheckpointStore(run_dir.path)
     with (
         Console(run_dir.path, config.run.steps) as console,
         StopRequests() as stop,
-        running(config, task, run_dir.path, console) as system,
+        running(config, task, run_dir.path, console, goes_on=bool(store.steps())) as system,
     ):
         session = _Session(config, task, run_dir, system, console, stop, measurement)
         while True:
@@ -87,7 +88,7 @@ def _train(config: Config, task: Task, run_dir: RunDirectory, measurement: Measu
             except ProcessFailure as failure:  # of a learner rank: the others are replaced where they are waited for
                 system.supervisor.take(failure)
                 console.phase("restarting the learner")
-                system.restart_learners()
+                system.restart_learners(goes_on=bool(store.steps()))
             except RollBack as reason:
                 system.supervisor.take(reason)
                 session.pass_over()

@@ -42,16 +42,25 @@ class System:
     supervisor: Supervisor
     placement: LearnerPlacement
 
-    def restart_learners(self) -> None:
-        """Replace every learner rank; what the other processes have under way is of no interest any more."""
+    def restart_learners(self, goes_on: bool) -> None:
+        """Replace every learner rank; what the other processes have under way is of no interest any more.
+
+        Args:
+            goes_on: see ``running``.
+        """
         _dismiss_learners(self.supervisor, self.placement)
         self.pool.forget_unfinished()
-        self.learners, _ = _start_learners(self.config, self.shape, self.supervisor, self.placement)
+        config = _for_learners(self.config, goes_on)
+        self.learners, _ = _start_learners(config, self.shape, self.supervisor, self.placement)
 
 
 @contextmanager
-def running(config: Config, task: Task, run_path: Path, console: Console) -> Iterator[System]:
-    """Start Ray and every process, and stop them all on the way out, whatever happened."""
+def running(config: Config, task: Task, run_path: Path, console: Console, goes_on: bool = False) -> Iterator[System]:
+    """Start Ray and every process, and stop them all on the way out, whatever happened.
+
+    Args:
+        goes_on: the learner's weights will be those of a checkpoint of the run, so that ``model.path`` is not needed.
+    """
     model_recipes(config)  # refuses overrides that do not fit the model
     tokenizer = task.tokenizer
     shape = ModelShape(
@@ -61,7 +70,7 @@ def running(config: Config, task: Task, run_path: Path, console: Console) -> Ite
         tokenizer.stop_token_ids,
         tokenizer.pad_token_id,
     )
-    if config.model.path is not None:
+    if config.model.path is not None and not goes_on:
         open_checkpoint(model_directory(config.model.path), shape)  # its faults, before any process is started
     supervisor = Supervisor(config, Roster(run_path), console.note)
     console.phase("starting Ray")
@@ -74,7 +83,7 @@ def running(config: Config, task: Task, run_path: Path, console: Console) -> Ite
         pool = RolloutPool(rollout_workers(config, shape, run_path / "engines", supervisor.roster), supervisor)
         engines_starting = pool.start()
         rewards = RewardPool(reward_workers(config, supervisor.roster), config, task, supervisor)
-        learners, learner_reports = _start_learners(config, shape, supervisor, placement)
+        learners, learner_reports = _start_learners(_for_learners(config, goes_on), shape, supervisor, placement)
         engine_reports: list[EngineReport] = pool.wait(engines_starting, config.deadlines.start, "start")
         _agree_on_modules(config, learner_reports, engine_reports, console)
         yield System(config, shape, learners, pool, rewards, supervisor, placement)
@@ -82,6 +91,11 @@ def running(config: Config, task: Task, run_path: Path, console: Console) -> Ite
         raise supervisor.stop(failure) from failure
     finally:
         ray.shutdown()
+
+
+def _for_learners(config: Config, goes_on: bool) -> Config:
+    """Ranks that load a checkpoint of the run do not read ``model.path`` before: it may be gone by now."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": None})}) if goes_on else config
 
 
 def _start_learners(

@@ -85,3 +85,20 @@ def test_a_damaged_shard_is_named_before_anything_starts_and_nothing_is_left(
     assert len(refused.err.splitlines()) == 1
     assert "starting learner" not in refused.out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_and_is_exported_when_the_checkpoint_it_began_with_is_gone(
+    outcome: Outcome, checkpoint: Path, tmp_path: Path
+) -> None:
+    assert outcome.code == 0
+    copy, run = shutil.copytree(checkpoint, tmp_path / "model"), tmp_path / "run"
+    settings = (f"model.path={copy}", f"run.dir={run}", "run.steps=1", "algorithm.prompts_per_step=4")
+    began = mxdist("train", checkpoint.with_name("task.yaml"), *settings, "warm_start.steps=1", cwd=tmp_path)
+    assert began.code == 0, began.err
+    shutil.rmtree(copy)
+    resumed = mxdist("resume", run, "run.steps=2", cwd=tmp_path)
+    assert resumed.code == 0, resumed.err
+    assert "resumed from step 1" in resumed.out
+    exported = mxdist("export", run, tmp_path / "packed", "--form", "mxfp4", cwd=tmp_path)
+    assert exported.code == 0, exported.err
+    assert (tmp_path / "packed" / "tokenizer.json").is_file()
