@@ -9,8 +9,6 @@ fixed order, so that the same x gives the same y.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -19,9 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mxdist.quant.kernels.device import INTERPRETED
-from mxdist.quant.kernels.options import DECODE_ROWS
+from mxdist.quant.kernels.groups import Groups, tile_height
 from mxdist.quant.kernels.packed import UNSHIFT, Source, load_values
 from mxdist.quant.tensor import MXTensor
+
+__all__ = ["Groups", "multiply", "multiply_experts"]
 
 WIDTH, DEPTH = 64, 128
 """Outputs of a program, and elements along K that it takes at a time."""
@@ -58,6 +58,8 @@ def _kernel(
     expert, start, stop = 0, tile * BM, rows
     if table is not None:
         expert, start, stop = tl.load(table + 3 * tile), tl.load(table + 3 * tile + 1), tl.load(table + 3 * tile + 2)
+        if start >= stop:
+            return
     column, r = tl.program_id(0) * BN + tl.arange(0, BN), start + tl.arange(0, BM)
     weight_row = (expert * outputs + column % outputs).to(tl.int64)  # beyond the end, any will do
     inside, left = (r < stop)[:, None], x + r.to(tl.int64)[:, None] * x_stride
@@ -84,38 +86,12 @@ def multiply(x: Tensor, weight: MXTensor, bias: Tensor | None = None) -> Tensor:
     return _launch(x, weight, weight.shape[0], None, bias)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Groups:
-    """Rows grouped by expert, cut into tiles of at most `height` rows of one expert.
-
-    experts  how many there are
-    table    int32 [tiles, 3] on the device: a tile's expert, its first row, and the end of the expert's rows
-    """
-
-    experts: int
-    height: int
-    table: Tensor
-
-    @classmethod
-    def of(cls, sizes: Sequence[int], device: torch.device) -> Groups:
-        """For groups of `sizes` rows, in the experts' order."""
-        lines, start, height = [], 0, _height(max(sizes))
-        for expert, size in enumerate(sizes):
-            lines += [(expert, first, start + size) for first in range(start, start + size, height)]
-            start += size
-        return cls(len(sizes), height, torch.tensor(lines, dtype=torch.int32).to(device))
-
-
 def multiply_experts(x: Tensor, weight: MXTensor, groups: Groups) -> Tensor:
     """Return [rows, N]: x [rows, K], grouped by expert, group e times W_e^T.
 
     weight  packed [experts * N, K], expert after expert; those without rows are not read.
     """
     return _launch(x, weight, weight.shape[0] // groups.experts, groups)
-
-
-def _height(rows: int) -> int:
-    return max(16, min(DECODE_ROWS, triton.next_power_of_2(rows)))
 
 
 def _launch(
@@ -128,7 +104,7 @@ def _launch(
         return torch.zeros(rows, outputs, dtype=x.dtype, device=device)
     if x.stride(1) != 1:
         x = x.contiguous()
-    height = groups.height if groups else _height(rows)
+    height = groups.height if groups else tile_height(rows)
     table, tiles = (groups.table, len(groups.table)) if groups else (None, triton.cdiv(rows, height))
     columns = triton.cdiv(outputs, WIDTH)
     parts, length = _split(k, columns * tiles, _multiprocessors(device))

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from mxdist.quant.kernels import (
     decode,
     dot_scaled,
+    groups,
     packed,
     quant_both,
     quant_experts,
@@ -38,7 +39,7 @@ from mxdist.quant.kernels import (
 CEIL = 0x3FFFFF
 POINTERS = {
     "x_pointer": "*bf16", "w": "*bf16", "flag": "*i32", "reference": "*i32", "data": "*fp8e4nv", "data_t": "*fp8e4nv",
-    "scale": "*fp32", "scale_t": "*fp32", "x": "*bf16", "map": "*fp32", "table": "*i32",
+    "scale": "*fp32", "scale_t": "*fp32", "x": "*bf16", "map": "*fp32", "table": "*i32", "counts": "*i64",
     "listed": "*i32", "slots": "*i32", "values": "*bf16", "codes": "*u8", "scales": "*u8", "macro": "*u8",
     "residual_codes": "*u8", "residual_scales": "*u8", "a": "*u8", "b": "*u8", "a_factor": "*fp32", "b_factor": "*fp32",
     "c": "*bf16", "weight": "*bf16", "inverse": "*fp32", "out": "*fp32",
@@ -107,6 +108,13 @@ def packed_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     yield "decode, 16 rows", decode._kernel, plain | shape | {"BM": 16}, decode.WARPS
     for name, constants in (("plain", plain), ("macro and fallback", both)):
         yield f"decode, 64 rows, {name}", decode._kernel, constants | shape | {"BM": 64}, decode.WARPS
+    yield (
+        "decode, experts",
+        decode._kernel,
+        {key: value for key, value in (plain | shape | {"BM": 16}).items() if key != "table"},
+        decode.WARPS,
+    )
+    yield "tiles of experts", groups._kernel, {"HEIGHT": 16, "EXPERTS": 128, "TILES": groups._TILES}, 4
     yield "expand", packed._expand_kernel, both | {"ROWS": packed._ROWS, "DEPTH": packed._DEPTH}, packed._WARPS
 
 

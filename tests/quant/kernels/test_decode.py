@@ -87,6 +87,15 @@ def test_experts_equal_one_product_each(sizes: tuple[int, ...]) -> None:
         start += size
 
 
+@pytest.mark.parametrize("sizes", [(3, 0, 20, 1), (0, 0, 1, 0), (70, 2, 0, 0, 0, 65), (1,) * 37, (0, 0)])
+def test_tiles_of_experts_cover_every_row_once(sizes: tuple[int, ...]) -> None:
+    groups = decode.Groups.from_counts(torch.tensor(sizes, device=DEVICE), sum(sizes))
+    covered = [
+        (e, r) for e, first, stop in groups.table.tolist() for r in range(first, min(stop, first + groups.height))
+    ]
+    assert covered == [(e, r) for r, e in enumerate(e for e, size in enumerate(sizes) for _ in range(size))]
+
+
 def test_no_rows_give_no_rows() -> None:
     weight = packed(16, 128, Operand())
     assert decode.multiply(torch.zeros(0, 128, device=DEVICE), weight).shape == (0, 16)
