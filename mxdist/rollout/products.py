@@ -17,13 +17,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mxdist.quant.backend import fake_quantise, quantisers_lack
+from mxdist.quant.backend import dequantise, fake_quantise, nonfinite_in_passing, quantisers_lack
 from mxdist.quant.kernels.options import DECODE_ROWS, missing_in_packed
 from mxdist.quant.kernels.plan import Gemm, device_lacks, plan
 from mxdist.quant.layout import as_rows
 from mxdist.quant.linear import mx_linear
 from mxdist.quant.recipe import Operand, Recipe
-from mxdist.quant.reference import NonFinite
 from mxdist.rollout.live_weight import LiveWeight
 
 
@@ -63,12 +62,13 @@ def choose(recipe: Recipe, shape: tuple[int, int], rows: int, device: Abilities)
 def linear(x: Tensor, weight: LiveWeight, recipe: Recipe, bias: Tensor | None, name: str) -> Tensor:
     """Q(x) W^T + bias, of x's dtype, for x [..., inputs]."""
     if weight.values is not None:
-        return mx_linear(x, weight.values, weight.values, recipe, bias, name=name, nonfinite=_nonfinite(x))
+        values = weight.values
+        return mx_linear(x, values, values, recipe, bias, name=name, nonfinite=nonfinite_in_passing(x.device))
     rows = as_rows(x)
     product = choose(recipe, weight.shape, len(rows), abilities(x.device))
     if product is Product.EXPANDED:
         values = live_values(weight)
-        return mx_linear(x, values, values, recipe, bias, name=name, nonfinite=_nonfinite(x))
+        return mx_linear(x, values, values, recipe, bias, name=name, nonfinite=nonfinite_in_passing(x.device))
     if product is Product.FP8:
         y = _fp8_product(rows, weight, recipe, bias)
     else:
@@ -102,24 +102,14 @@ def live_values(weight: LiveWeight, rows: slice = slice(None)) -> Tensor:
     """The values of some rows of a weight, of the model's dtype: those beside the bytes, or made from them."""
     if weight.values is not None:
         return weight.values[rows]
-    packed = weight.packed()[rows]
-    if abilities(packed.codes.device).triton and missing_in_packed(packed.operand) is None:
-        from mxdist.quant.kernels.packed import expand
-
-        return expand(packed, weight.dtype)
-    return packed.dequantise(weight.dtype)
+    return dequantise(weight.packed()[rows], weight.dtype)
 
 
 def quantised(x: Tensor, operand: Operand | None, name: str) -> Tensor:
     """What a product multiplies, in x's dtype: Q(x), or x itself where the recipe keeps activations."""
     if operand is None:
         return x
-    return fake_quantise(x, operand, name=f"{name} input", nonfinite=_nonfinite(x), dtype=x.dtype)
-
-
-def _nonfinite(x: Tensor) -> NonFinite:
-    """Looking for NaN would make the host wait for a GPU in every linear; there it shows in log-probabilities."""
-    return "error" if x.device.type == "cpu" else "propagate"
+    return fake_quantise(x, operand, name=f"{name} input", nonfinite=nonfinite_in_passing(x.device), dtype=x.dtype)
 
 
 def _fp8_product(x: Tensor, weight: LiveWeight, recipe: Recipe, bias: Tensor | None) -> Tensor:
