@@ -1,16 +1,18 @@
-"""What a worker says when its GPU has no memory left: what it held, and which settings make it smaller."""
+"""What a worker says when its GPU has no memory left: for what, what it held, and which settings make it smaller."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mxdist.errors import OutOfMemory
+from mxdist.rollout.memory import pool_of
 
 LOWER = {
     "mxdist.learner.worker": "lower learner.micro_batch_tokens, or raise learner.ranks",
     "mxdist.rollout.worker": "lower rollout.kv_cache_mib or rollout.max_sequences",
 }
-"""By the module of the worker's class."""
+"""By the module of the worker's class, where no pool is known."""
 
 
 @contextmanager
@@ -24,10 +26,14 @@ def explained(worker: object, method: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         torch = sys.modules.get("torch")
-        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+        # vLLM raises another error from some of them.
+        found = error.__cause__ or error
+        if torch is None or not isinstance(found, torch.OutOfMemoryError):
             raise
-        advice = LOWER.get(type(worker).__module__, "lower what this process holds")
-        raise OutOfMemory(f"ran out of GPU memory in {method}{_held(torch)}; {advice}") from error
+        pool, advice = pool_of(error) or ("", LOWER.get(type(worker).__module__, "lower what this process holds"))
+        asked = re.search(r"allocate ([\d.]+ \wi?B)", str(found))
+        wanted = (f" for {pool}" if pool else "") + (f" ({asked[1]} more)" if asked else "")
+        raise OutOfMemory(f"ran out of GPU memory in {method}{wanted}{_held(torch)}; {advice}") from error
 
 
 def _held(torch: object) -> str:
