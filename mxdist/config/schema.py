@@ -298,6 +298,11 @@ class RolloutConfig(Section):
     max_lag: int = Field(0, ge=0, description="Learner updates a sampled answer may be behind; 0 is synchronous.")
     max_sequences: PositiveInt = Field(256, description="Sequences an engine decodes together.")
     kv_cache_mib: PositiveInt = 64
+    cuda_graphs: bool = Field(
+        True,
+        description="On a GPU, record decoding steps when an engine starts, and replay them. False saves seconds of "
+        "the start and some GPU memory; every step then waits for its kernels to be launched one by one.",
+    )
     cpus_per_worker: PositiveFloat = 0.5
     gpus_per_worker: float = Field(0.0, ge=0)
 

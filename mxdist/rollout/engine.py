@@ -6,6 +6,7 @@ vLLM reads its environment variables while it is imported, so `worker.prepare_vl
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from mxdist.model.packed_checkpoint import quantisation_config
 from mxdist.model.recipes import ModelRecipes
 from mxdist.model.shape import ModelShape
 from mxdist.rollout import vllm_plugin
+from mxdist.rollout.products import GRAPH_TOKENS
 
 KV_BLOCK = 32
 """Tokens in a block of the KV cache; the smallest the CPU attention takes, so that short prompts share blocks too."""
@@ -49,7 +51,7 @@ class Engine:
             generation_config="vllm",  # none: every request says all it needs
             load_format="dummy",
             dtype=config.model.dtype,
-            enforce_eager=True,
+            **execution(config),
             max_model_len=config.context,
             max_num_seqs=config.rollout.max_sequences,
             kv_cache_memory_bytes=config.rollout.kv_cache_mib << 20,
@@ -83,6 +85,28 @@ class Engine:
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         cleanup_dist_env_and_memory()
+
+
+def execution(config: Config) -> dict[str, Any]:
+    """vLLM's settings of how a step runs: kernel by kernel, or, decoding on a GPU, as a CUDA graph of all of them.
+
+    Never through torch.compile. Graphs read weights where they lie, so that a sync or noise after recording counts.
+    """
+    if current_platform.is_cpu() or not config.rollout.cuda_graphs:
+        return {"enforce_eager": True}
+    recorded = {
+        "mode": 0,  # no torch.compile
+        "cudagraph_mode": "FULL_DECODE_ONLY",  # steps with prompts in them run kernel by kernel
+        "cudagraph_capture_sizes": graph_sizes(config.rollout.max_sequences),
+    }
+    return {"enforce_eager": False, "compilation_config": recorded}
+
+
+def graph_sizes(max_sequences: int) -> list[int]:
+    """Sequences that a step is recorded for; others take the next larger, up to an eighth more from 64 on."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, GRAPH_TOKENS + 1, 64)]
+    most = min(max_sequences, GRAPH_TOKENS)
+    return [*(size for size in sizes if size < most), most]
 
 
 def check_device() -> None:

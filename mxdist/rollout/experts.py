@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxdist.quant.recipe import Recipe
 from mxdist.rollout.live_weight import LiveWeight
-from mxdist.rollout.products import grouped_linear, quantised
+from mxdist.rollout.products import ExpertRows, grouped_linear, quantised
 
 
 def route(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
@@ -35,14 +35,13 @@ def run_experts(
         fc1, fc2: the recipes of w13 and of w2
     """
     (tokens, hidden), top_k = x.shape, experts.shape[1]
-    count = w2.shape[0] // hidden
     order = experts.flatten().argsort(stable=True)  # (token, rank) pairs, grouped by expert
     rows = quantised(x, fc1.x_fwd, name)[order // top_k]
-    sizes = torch.bincount(experts.flatten(), minlength=count).tolist()
-    gate_up = grouped_linear(rows, w13, fc1, sizes)
+    of = ExpertRows.of(experts, w2.shape[0] // hidden)
+    gate_up = grouped_linear(rows, w13, fc1, of)
     gate, up = gate_up.chunk(2, dim=-1)
     inner = quantised(F.silu(gate) * up, fc2.x_fwd, name)
-    down = grouped_linear(inner, w2, fc2, sizes)
+    down = grouped_linear(inner, w2, fc2, of)
     out = torch.empty_like(down)
     out[order] = down
     # Summed in the order of a token's own ranks, whatever else is in the batch.

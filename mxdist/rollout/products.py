@@ -5,25 +5,34 @@ With values beside the bytes (a CPU) a product is the learner's reference one. W
     few rows     the decode kernel reads the bytes as they are
     many rows    bytes become E4M3 for an FP8 GEMM, or values for a plain one, for the length of the call
 
+Batches of at most `GRAPH_TOKENS` tokens never make the host wait for a GPU, so that CUDA graphs can hold them.
 All multiply the same quantised numbers. FP8 products are exact to the rounding of their output; the others round
 macro factors and residuals to the model's dtype first, as the learner's values are.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mxdist.quant.backend import dequantise, fake_quantise, nonfinite_in_passing, quantisers_lack
+from mxdist.quant.backend import fake_quantise, quantisers_lack
 from mxdist.quant.kernels.options import DECODE_ROWS, missing_in_packed
 from mxdist.quant.kernels.plan import Gemm, device_lacks, plan
 from mxdist.quant.layout import as_rows
 from mxdist.quant.linear import mx_linear
 from mxdist.quant.recipe import Operand, Recipe
+from mxdist.quant.reference import NonFinite
 from mxdist.rollout.live_weight import LiveWeight
+
+if TYPE_CHECKING:
+    from mxdist.quant.kernels.decode import Groups
+
+GRAPH_TOKENS = 512
+"""Most tokens of a batch that a CUDA graph holds; with more, launches are no longer what a step takes."""
 
 
 class Product(StrEnum):
@@ -40,6 +49,11 @@ class Abilities:
 
     triton: bool
     fp8: bool
+
+    @property
+    def grouped(self) -> bool:
+        """Whether torch multiplies groups of bfloat16 rows in one kernel, their sizes unknown to the host: Hopper."""
+        return self.fp8
 
 
 @lru_cache
@@ -62,13 +76,12 @@ def choose(recipe: Recipe, shape: tuple[int, int], rows: int, device: Abilities)
 def linear(x: Tensor, weight: LiveWeight, recipe: Recipe, bias: Tensor | None, name: str) -> Tensor:
     """Q(x) W^T + bias, of x's dtype, for x [..., inputs]."""
     if weight.values is not None:
-        values = weight.values
-        return mx_linear(x, values, values, recipe, bias, name=name, nonfinite=nonfinite_in_passing(x.device))
+        return mx_linear(x, weight.values, weight.values, recipe, bias, name=name, nonfinite=_nonfinite(x))
     rows = as_rows(x)
     product = choose(recipe, weight.shape, len(rows), abilities(x.device))
     if product is Product.EXPANDED:
         values = live_values(weight)
-        return mx_linear(x, values, values, recipe, bias, name=name, nonfinite=nonfinite_in_passing(x.device))
+        return mx_linear(x, values, values, recipe, bias, name=name, nonfinite=_nonfinite(x))
     if product is Product.FP8:
         y = _fp8_product(rows, weight, recipe, bias)
     else:
@@ -78,19 +91,59 @@ def linear(x: Tensor, weight: LiveWeight, recipe: Recipe, bias: Tensor | None, n
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def grouped_linear(rows: Tensor, weight: LiveWeight, recipe: Recipe, sizes: Sequence[int]) -> Tensor:
-    """Quantised rows [pairs, in] in groups of ``sizes``, group e times W_e^T; weight [len(sizes) * out, in]."""
-    outputs = weight.shape[0] // len(sizes)
-    used = sum(size > 0 for size in sizes)
-    shape = (outputs, weight.shape[1])
-    if weight.values is None and used:
-        product = choose(recipe, shape, -(-len(rows) // used), abilities(rows.device))
-        if product is Product.DECODE:
+@dataclass(frozen=True, eq=False)
+class ExpertRows:
+    """How many rows each expert has, where rows lie grouped by expert.
+
+    Args:
+        counts: int64 [experts], on the rows' device.
+        rows: of all experts together.
+        on_device: products are not to read `counts` on the host.
+    """
+
+    counts: Tensor
+    rows: int
+    on_device: bool
+
+    @classmethod
+    def of(cls, experts: Tensor, count: int) -> "ExpertRows":
+        """For the chosen ``experts`` int64 [tokens, top_k], each below ``count``."""
+        chosen = experts.flatten()
+        # torch.bincount would read the largest on the host.
+        counts = chosen.new_zeros(count).scatter_add_(0, chosen, torch.ones_like(chosen))
+        return cls(counts, len(chosen), len(experts) <= GRAPH_TOKENS and abilities(experts.device).triton)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Waits for the device, once."""
+        return self.counts.tolist()
+
+    @cached_property
+    def groups(self) -> "Groups":
+        """For the decode kernel."""
+        from mxdist.quant.kernels.decode import Groups
+
+        if self.on_device:
+            return Groups.from_counts(self.counts, self.rows)
+        return Groups.of(self.sizes, self.counts.device)
+
+
+def grouped_linear(rows: Tensor, weight: LiveWeight, recipe: Recipe, of: ExpertRows) -> Tensor:
+    """Quantised rows [pairs, in] grouped by expert, group e times W_e^T; weight [experts * out, in]."""
+    experts = len(of.counts)
+    outputs, inputs = weight.shape[0] // experts, weight.shape[1]
+    if not len(rows):
+        return rows.new_empty(0, outputs)
+    if weight.values is None:
+        few = 1 if of.on_device else -(-len(rows) // sum(size > 0 for size in of.sizes))
+        if choose(recipe, (outputs, inputs), few, abilities(rows.device)) is Product.DECODE:
             from mxdist.quant.kernels import decode
 
-            return decode.multiply_experts(rows, weight.packed(), decode.Groups.of(sizes, rows.device))
+            return decode.multiply_experts(rows, weight.packed(), of.groups)
+    if of.on_device:
+        return _grouped_values(rows, live_values(weight).view(experts, outputs, inputs), of.counts)
     out, start = rows.new_empty(len(rows), outputs), 0
-    for expert, size in enumerate(sizes):
+    for expert, size in enumerate(of.sizes):
         if size:
             values = live_values(weight, slice(expert * outputs, (expert + 1) * outputs))
             torch.mm(rows[start : start + size], values.t(), out=out[start : start + size])
@@ -98,18 +151,38 @@ def grouped_linear(rows: Tensor, weight: LiveWeight, recipe: Recipe, sizes: Sequ
     return out
 
 
+def _grouped_values(rows: Tensor, values: Tensor, counts: Tensor) -> Tensor:
+    """Plain rows [pairs, in] grouped by expert times values [experts, out, in], without the host."""
+    ends = counts.cumsum(0)
+    if rows.dtype == torch.bfloat16 and abilities(rows.device).grouped:
+        return F.grouped_mm(rows, values.transpose(1, 2), offs=ends.to(torch.int32))
+    # All rows with all experts: float32 serves checks on small models, where that is no matter.
+    places = torch.arange(len(rows), device=rows.device)
+    return torch.matmul(rows, values.transpose(1, 2))[torch.searchsorted(ends, places, right=True), places]
+
+
 def live_values(weight: LiveWeight, rows: slice = slice(None)) -> Tensor:
     """The values of some rows of a weight, of the model's dtype: those beside the bytes, or made from them."""
     if weight.values is not None:
         return weight.values[rows]
-    return dequantise(weight.packed()[rows], weight.dtype)
+    packed = weight.packed()[rows]
+    if abilities(packed.codes.device).triton and missing_in_packed(packed.operand) is None:
+        from mxdist.quant.kernels.packed import expand
+
+        return expand(packed, weight.dtype)
+    return packed.dequantise(weight.dtype)
 
 
 def quantised(x: Tensor, operand: Operand | None, name: str) -> Tensor:
     """What a product multiplies, in x's dtype: Q(x), or x itself where the recipe keeps activations."""
     if operand is None:
         return x
-    return fake_quantise(x, operand, name=f"{name} input", nonfinite=nonfinite_in_passing(x.device), dtype=x.dtype)
+    return fake_quantise(x, operand, name=f"{name} input", nonfinite=_nonfinite(x), dtype=x.dtype)
+
+
+def _nonfinite(x: Tensor) -> NonFinite:
+    """Looking for NaN would make the host wait for a GPU in every linear; there it shows in log-probabilities."""
+    return "error" if x.device.type == "cpu" else "propagate"
 
 
 def _fp8_product(x: Tensor, weight: LiveWeight, recipe: Recipe, bias: Tensor | None) -> Tensor:

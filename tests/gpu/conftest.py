@@ -10,12 +10,12 @@ import torch
 from mxdist.quant.kernels.plan import device_lacks
 
 if importlib.util.find_spec("triton") is None:
-    _lacking: str | None = "the kernels need Triton"
+    lacking: str | None = "the kernels need Triton"
 else:
-    _lacking = device_lacks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    lacking = device_lacks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @pytest.fixture(autouse=True)
 def _needs_hopper() -> None:
-    if _lacking is not None:
-        pytest.skip(f"needs a Hopper GPU: {_lacking}")
+    if lacking is not None:
+        pytest.skip(f"needs a Hopper GPU: {lacking}")

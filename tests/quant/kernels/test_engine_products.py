@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from mxdist.quant.reference import fake_quantise, quantise
 from mxdist.rollout import products
 from mxdist.rollout.experts import route, run_experts
 from mxdist.rollout.live_weight import LiveWeight
-from mxdist.rollout.products import Abilities, Product, grouped_linear, linear, live_values
+from mxdist.rollout.products import GRAPH_TOKENS, Abilities, ExpertRows, Product, grouped_linear, linear, live_values
 from tests.quant.kernels.data import DEVICE, matrix
 
 
@@ -59,16 +61,42 @@ def test_a_linear_on_bytes_multiplies_the_quantised_numbers(recipe: str, rows: i
     torch.testing.assert_close(biased[0], plain + bias, rtol=2.0**-7, atol=2.0**-7)
 
 
-@pytest.mark.parametrize("sizes", [(3, 0, 1), (70, 0, 130)])
-def test_experts_on_bytes_multiply_each_their_own_rows(sizes: tuple[int, ...]) -> None:
+def chosen_experts(sizes: tuple[int, ...], on_device: bool) -> ExpertRows:
+    """As of a batch that a CUDA graph may hold, or of a larger one."""
+    experts = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(DEVICE)
+    of = ExpertRows.of(experts[:, None], len(sizes))
+    assert of.on_device == (sum(sizes) <= GRAPH_TOKENS)
+    return replace(of, on_device=on_device)
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 1), (70, 0, 130), (0, 16, 1)])
+@pytest.mark.parametrize("on_device", [True, False])
+def test_experts_on_bytes_multiply_each_their_own_rows(sizes: tuple[int, ...], on_device: bool) -> None:
     recipe = get_recipe("mxfp4")
     assert recipe.x_fwd is not None
     assert recipe.w is not None
     weight = filled(recipe.w, 3 * 32, 256)
     rows = fake_quantise(matrix(sum(sizes), 256, seed=1), recipe.x_fwd).bfloat16()
-    got, values = grouped_linear(rows, weight, recipe, sizes), weight.packed().dequantise()
+    got = grouped_linear(rows, weight, recipe, chosen_experts(sizes, on_device))
+    values = weight.packed().dequantise()
     for e, (part, own) in enumerate(zip(got.split(sizes), rows.split(sizes), strict=True)):
         assert_near(part, own, values[32 * e : 32 * (e + 1)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_on_values_multiply_each_their_own_rows_without_the_host(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if DEVICE.type == "cpu":  # torch multiplies groups here too
+        monkeypatch.setattr(products, "abilities", lambda _device: Abilities(triton=True, fp8=True))
+    with torch.device(DEVICE):
+        weight = LiveWeight(4 * 32, 64, None, dtype)
+    assert weight.values is not None
+    weight.values.copy_(matrix(4 * 32, 64))
+    rows, of = matrix(9, 64, seed=1).to(dtype), chosen_experts((0, 5, 0, 4), True)
+    got = grouped_linear(rows, weight, get_recipe("bf16"), of)
+    torch.testing.assert_close(got[:5], rows[:5] @ weight.values[32:64].t())
+    torch.testing.assert_close(got[5:], rows[5:] @ weight.values[96:].t())
 
 
 def test_a_layer_of_experts_on_bytes_is_near_the_one_on_values() -> None:
