@@ -1,0 +1,194 @@
+"""Decode tokens/s of rollout engines, packed weights against bf16: python -m tools.bench.engine [--out FILE]
+
+The engine of a run, vLLM and its sampling included, with random weights: answers of one length to short prompts, for
+batches of several sizes. Each recipe has a process of its own. Needs a GPU, but for --model tiny.
+
+    forward_ms   one decoding step of the model alone: a CUDA graph replayed
+    step_ms      one step of the engine: scheduling, the model, sampling, log-probabilities
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mxdist.config.schema import Config, ModelConfig
+from mxdist.messages import Noise, Prompt, RolloutRequest, SamplingSettings
+from mxdist.model.shape import ModelShape
+from mxdist.quant.backend import quantise
+from mxdist.rollout.live_weight import LiveWeight
+from mxdist.rollout.worker import RolloutWorker
+
+COMMON = {"dtype": "bfloat16", "max_position_embeddings": 256}
+MODELS: dict[str, tuple[int, dict[str, Any]]] = {
+    "qwen2.5-3b": (
+        151_936,
+        {
+            "family": "qwen2", "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16,
+            "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 11_008, "num_experts": 0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3-30b-a3b-8-layers": (
+        151_936,
+        {
+            "hidden_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 32, "num_key_value_heads": 4,
+            "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+        },
+    ),
+    "tiny": (512, {"num_experts": 0, "dtype": "float32"}),
+}  # fmt: skip
+"""By name: size of the vocabulary, and settings of the model."""
+PROMPT, ANSWER = 16, 128
+REPEATS = 3
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "latest_engine.json")
+    parser.add_argument("--model", choices=list(MODELS), default="qwen2.5-3b")
+    parser.add_argument("--recipes", nargs="+", default=["bf16", "mxfp4"], help="the first is what others are held to")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # one recipe, in this process
+    arguments = parser.parse_args()
+    if arguments.only:
+        arguments.out.write_text(json.dumps(measure(arguments, arguments.only)))
+        return
+    engines = {recipe: _in_a_process(recipe) for recipe in arguments.recipes}
+    against = engines[arguments.recipes[0]]
+    for recipe, engine in engines.items():
+        size = engine["linear_bytes"] / 2**30
+        print(f"{recipe}: {size:.2f} GiB of linears, {against['linear_bytes'] / engine['linear_bytes']:.2f}x smaller")
+        for batch, found in engine["batches"].items():
+            ratio = found["tokens_per_s"] / against["batches"][batch]["tokens_per_s"]
+            forward = f", forward {found['forward_ms']:.3f} ms" if "forward_ms" in found else ""
+            speed = f"{found['tokens_per_s']:9.1f} tokens/s {ratio:6.2f}x"
+            print(f"  batch {batch:>3} {speed}, step {found['step_ms']:.3f} ms{forward}")
+    report = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "python -m tools.bench.engine " + " ".join(sys.argv[1:]),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "model": arguments.model,
+        "prompt_tokens": PROMPT,
+        "answer_tokens": ANSWER,
+        "engines": engines,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _in_a_process(recipe: str) -> dict[str, Any]:
+    """vLLM wants one engine per process."""
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "engine.json"
+        command = [sys.executable, "-m", "tools.bench.engine", *sys.argv[1:], "--out", str(out), "--only", recipe]
+        subprocess.run(command, check=True)
+        found: dict[str, Any] = json.loads(out.read_text())
+        return found
+
+
+def measure(arguments: argparse.Namespace, recipe: str) -> dict[str, Any]:
+    """What one engine holds, and how fast it decodes."""
+    vocabulary, settings = MODELS[arguments.model]
+    model = ModelConfig(**{**COMMON, **settings})
+    most = max(arguments.batches)
+    config = Config(
+        model=model,
+        recipe=recipe,
+        learner={"ranks": 1, "expert_parallel": 1},
+        rollout={
+            "max_sequences": most, "max_new_tokens": ANSWER, "kv_cache_mib": 1024, "cuda_graphs": not arguments.eager
+        },
+    )  # fmt: skip
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
+        shape = ModelShape(model, vocabulary, None, (vocabulary,), 0)  # a stop token that is never drawn
+        worker = RolloutWorker(config, shape, Path(directory))
+        report = worker.start()
+        worker._shape = replace(shape, stop_token_ids=())  # vLLM takes none of those
+    seconds = time.perf_counter() - started
+    fill(worker)
+    found = {
+        "start_s": seconds,
+        "bytes_per_quantised_weight": report.bytes_per_quantised_weight,
+        "linear_bytes": sum(
+            part.nbytes
+            for name, slot in worker._slots.items()
+            if name.endswith("_proj.weight")
+            for part in slot.parts().values()
+        ),
+        "gpu_bytes": torch.cuda.memory_reserved() if torch.cuda.is_available() else None,
+        "batches": {str(batch): decode(worker, batch, vocabulary) for batch in arguments.batches},
+    }
+    worker.shutdown()
+    return found
+
+
+def fill(worker: RolloutWorker) -> None:
+    """Random weights, made where they are to be: as after a sync, which would take gigabytes through the host."""
+    torch.manual_seed(0)
+    for name, slot in worker._slots.items():
+        device = next(iter(slot.parts().values())).device
+        values = torch.randn(slot.shape, device=device) * 0.02 + float(name.endswith("norm.weight"))
+        operand = slot.owner.operand if isinstance(slot.owner, LiveWeight) else None
+        source = quantise(values, operand, nonfinite="propagate").parts() if operand else {"values": values}
+        for part, live in slot.parts().items():
+            live.copy_(source[part])
+    for owner in {slot.owner for slot in worker._slots.values()}:
+        if isinstance(owner, LiveWeight):
+            owner.refresh()
+    worker._version = 0
+
+
+def decode(worker: RolloutWorker, batch: int, vocabulary: int) -> dict[str, float]:
+    """The fastest of some calls, after one that is not counted. Prompts are a step as well."""
+    generator = torch.Generator().manual_seed(batch)
+    prompts = tuple(
+        Prompt(str(i), tuple(torch.randint(vocabulary, (PROMPT,), generator=generator).tolist()), "")
+        for i in range(batch)
+    )
+    request = RolloutRequest(0, prompts, SamplingSettings(1, 1.0, ANSWER, 0), Noise(0.0, 0))
+    results = [worker.generate(request) for _ in range(REPEATS + 1)][1:]
+    lengths = {len(group.samples[0].tokens) for result in results for group in result.groups}
+    if lengths != {ANSWER}:
+        raise RuntimeError(f"answers have {sorted(lengths)} tokens, not {ANSWER}")
+    seconds = min(result.seconds for result in results)
+    found = {"tokens_per_s": batch * ANSWER / seconds, "step_ms": seconds / ANSWER * 1e3}
+    if (replay := _graph(worker, batch)) is not None:
+        found["forward_ms"] = replay
+    return found
+
+
+def _graph(worker: RolloutWorker, batch: int) -> float | None:
+    """Milliseconds of a decoding step of the model alone; None without graphs. The engine's answers are worthless after
+    it: keys and values are written wherever the last step's were."""
+    [model] = worker._engine._llm.collective_rpc(lambda process: process.model_runner.model)
+    entries = getattr(model, "concrete_cudagraph_entries", {})
+    graph = next((entry.cudagraph for key, entry in entries.items() if key.num_tokens == batch), None)
+    if graph is None:
+        return None
+    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+    started.record()
+    for _ in range(50):
+        graph.replay()
+    ended.record()
+    torch.cuda.synchronize()
+    return float(started.elapsed_time(ended)) / 50
+
+
+if __name__ == "__main__":
+    main()
