@@ -6,7 +6,8 @@ Formulas, for n numbers in a dtype of d bytes, of which q are quantised into p p
     main gradients     4 n                          Megatron's gradient buffer is float32
     optimizer          (8 + 4 [d < 4]) n / ranks    two moments, and the float32 master weight unless n d is it already;
                                                     divided over the ranks that hold the same numbers
-    quantised weights  q d + p                      the values a GEMM reads, and their packed form
+    quantised weights  q d + p                      what GEMMs read, and the packed form: values, or on a GPU with FP8
+                                                    the bytes of W and of W^T, which are at most as many in bfloat16
 
 With DeepSpeed (``_zero_state``) the optimizer always has a float32 copy of the weights, 12 n / ranks; ZeRO stages 2 and
 3 divide the gradients, 3 also the weights, of which it gathers up to ``LIVE`` numbers, and keeps p alone.

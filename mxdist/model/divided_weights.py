@@ -7,6 +7,7 @@ next, and makes the values that a product takes when it takes them.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import deepspeed
 from torch import Tensor
@@ -15,7 +16,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from mxdist.model.hf_tensors import HfTensor
 from mxdist.model.quantised_weight import QuantisedWeight
 from mxdist.model.transformers_model import MxLinear
+from mxdist.quant.backend import dequantise
 from mxdist.quant.tensor import MXTensor
+
+if TYPE_CHECKING:
+    from mxdist.quant.kernels.prepared import HopperWeight
 
 
 class DividedMxLinear(MxLinear):
@@ -33,27 +38,26 @@ class DividedMxLinear(MxLinear):
     def whole_weights(linears: Sequence[QuantisedWeight]) -> AbstractContextManager[None]:
         return deepspeed.zero.GatheredParameters([linear.weight for linear in linears])
 
-    def store(self, quantised: MXTensor, values: Tensor) -> None:
-        super().store(quantised, values)
-        self._values = None
+    def prepared(self) -> Tensor | None:
+        return dequantise(self.quantised(), self.weight.dtype) if self.quantises_weight else None
 
-    def quantised_values(self) -> Tensor | None:
-        return self.quantised().dequantise(self.weight.dtype) if self.quantises_weight else None
-
-    def product(self, x: Tensor, values: Tensor | None) -> Tensor:
-        if values is None or self.recomputed:
-            return super().product(x, values)
+    def product(self, x: Tensor, weight_q: "Tensor | HopperWeight | None") -> Tensor:
+        if not isinstance(weight_q, Tensor) or self.recomputed:
+            return super().product(x, weight_q)
         # Between forward and backward pass the packed form stands for the values.
-        packed, address, dtype = self.quantised(), values.data_ptr(), values.dtype
+        packed, address, dtype = self.quantised(), weight_q.data_ptr(), weight_q.dtype
 
         def pack(saved: Tensor) -> Tensor | MXTensor:
             return packed if saved.data_ptr() == address else saved
 
         def unpack(kept: Tensor | MXTensor) -> Tensor:
-            return kept.dequantise(dtype) if isinstance(kept, MXTensor) else kept
+            return dequantise(kept, dtype) if isinstance(kept, MXTensor) else kept
 
         with saved_tensors_hooks(pack, unpack):
-            return super().product(x, values)
+            return super().product(x, weight_q)
+
+    def _prepare(self, quantised: MXTensor) -> None:  # noqa: ARG002
+        return None
 
     def _identity(self) -> tuple[int, int]:
         return 0, 0

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
-from mxdist.quant.backend import fake_quantise
+from mxdist.quant.backend import fake_quantise, nonfinite_in_passing
 from mxdist.quant.linear import mx_linear
 from mxdist.quant.recipe import Operand, Recipe
 
@@ -45,18 +45,20 @@ class MxExperts(SequentialMLP):
         """The linear ``name`` of every expert on its own rows, in order."""
         linears = [getattr(expert, name) for expert in self.local_experts]
         recipe: Recipe | None = linears[0].recipe
-        inputs = torch.split(rows, counts)
-        if recipe is not None and recipe.x_fwd is not None and recipe.x_wgrad is None:
+        inputs, passing = torch.split(rows, counts), nonfinite_in_passing(rows.device)
+        weights = [linear.prepared() for linear in linears]
+        by_reference = all(weight is None or isinstance(weight, Tensor) for weight in weights)
+        if by_reference and recipe is not None and recipe.x_fwd is not None and recipe.x_wgrad is None:
             # Rows are quantised independently, so once for all experts gives the same bits with fewer operations.
             rows = _QuantiseStraightThrough.apply(rows, recipe.x_fwd)
             recipe = replace(recipe, x_fwd=None)
         outputs = []
-        for linear, x, chunk in zip(linears, inputs, torch.split(rows, counts), strict=True):
+        for linear, weight_q, x, chunk in zip(linears, weights, inputs, torch.split(rows, counts), strict=True):
             if recipe is None:
                 outputs.append(F.linear(chunk, linear.weight))
             else:
-                values, seed = linear.quantised_values(), linear.seed()
-                outputs.append(mx_linear(chunk, linear.weight, values, recipe, seed=seed, name=linear.name))
+                about = {"seed": linear.seed(), "name": linear.name, "nonfinite": passing}
+                outputs.append(mx_linear(chunk, linear.weight, weight_q, recipe, **about))
                 linear.show(x, outputs[-1])
         return torch.cat(outputs)
 
@@ -66,7 +68,7 @@ class _QuantiseStraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, operand: Operand) -> Tensor:  # noqa: ARG004
-        return fake_quantise(x, operand, dtype=x.dtype)
+        return fake_quantise(x, operand, nonfinite=nonfinite_in_passing(x.device), dtype=x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004

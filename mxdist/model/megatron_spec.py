@@ -27,6 +27,7 @@ from torch import Tensor
 from mxdist.model.attention import PackedAttention
 from mxdist.model.experts import MxExperts
 from mxdist.model.quantised_weight import QuantisedWeight
+from mxdist.quant.backend import nonfinite_in_passing
 from mxdist.quant.linear import Shard, mx_linear
 
 
@@ -61,12 +62,13 @@ class _MxLinear(QuantisedWeight):
         output = mx_linear(
             input,
             weight,
-            self.quantised_values(),
+            self.prepared(),
             self.recipe,
             bias,
             seed=self.seed(),
             shard=self.shard(tp_group),
             name=self.name,
+            nonfinite=nonfinite_in_passing(input.device),
         )
         self.show(input, output)
         return output

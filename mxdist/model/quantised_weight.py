@@ -7,14 +7,18 @@ same cached tensors, and a cache that no longer belongs to the master weight rai
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from mxdist.model.draws import GradientDraws
-from mxdist.quant.backend import quantise
+from mxdist.quant.backend import prepare_weight, quantise
 from mxdist.quant.recipe import Recipe
 from mxdist.quant.tensor import MXTensor
+
+if TYPE_CHECKING:
+    from mxdist.quant.kernels.prepared import HopperWeight
 
 Observer = Callable[["QuantisedWeight", Tensor, Tensor], None]
 """Is shown a linear, its input [..., in] before quantising and its output [..., out]."""
@@ -33,9 +37,9 @@ class QuantisedWeight:
     draws: GradientDraws | None = None
     observer: Observer | None = None
     _quantised: MXTensor | None = None
-    _values: Tensor | None = None
+    _prepared: "Tensor | HopperWeight | None" = None
     _made_from: tuple[int, int] | None = None
-    _fingerprint: int = 0
+    _fingerprint: Tensor | int = 0  # a tensor on the device, for which nobody waits before ``quantised``
 
     @property
     def weight_size(self) -> tuple[int, int]:
@@ -74,33 +78,33 @@ class QuantisedWeight:
         if self.observer is not None:
             self.observer(self, x, y)
 
-    def store(self, quantised: MXTensor, values: Tensor) -> None:
-        """Take the quantised form of the present master weight.
-
-        Args:
-            quantised: of shape [out, in].
-            values: its dequantised values, in the dtype of the weight.
-        """
-        self._quantised, self._values = quantised, values
+    def store(self, quantised: MXTensor) -> None:
+        """Take the packed form [out, in] of the present master weight, and make of both what products take."""
+        self._quantised, self._prepared = quantised, self._prepare(quantised)
         self._made_from = self._identity()
         self._fingerprint = self._sum_of_bits()
 
     def forget(self) -> None:
         """The master weight is about to change."""
-        self._quantised = self._values = self._made_from = None
+        self._quantised = self._prepared = self._made_from = None
 
-    def quantised_values(self) -> Tensor | None:
-        """W_q [out, in] in the dtype of the weight; None when the recipe leaves weights alone."""
+    def prepared(self) -> "Tensor | HopperWeight | None":
+        """W_q as ``mx_linear`` takes it; None when the recipe leaves weights alone."""
         if not self.quantises_weight:
             return None
         self._raise_if_stale()
-        return self._values
+        return self._prepared
+
+    def quantised_values(self) -> Tensor | None:
+        """The values [out, in] that products multiply, in the dtype of the weight: kept, or read from their bytes."""
+        prepared = self.prepared()
+        return prepared if prepared is None or isinstance(prepared, Tensor) else prepared.dequantise(self.weight.dtype)
 
     def quantised(self) -> MXTensor:
         """The packed form of what ``quantised_values`` returns, after looking at the master weight's bits as well."""
         self._raise_if_stale()
         assert self._quantised is not None
-        if self._sum_of_bits() != self._fingerprint:
+        if bool(self._sum_of_bits() != self._fingerprint):
             raise RuntimeError(f"{self} has a new master weight: call requantise(model) before using it")
         return self._quantised
 
@@ -109,8 +113,24 @@ class QuantisedWeight:
         # the parameter is a view of: ``forget_before_step`` covers that.
         return self.weight._version, self.weight.data_ptr()
 
-    def _sum_of_bits(self) -> int:
-        return int(self.weight.detach().view(torch.int16).sum(dtype=torch.int64))
+    def _prepare(self, quantised: MXTensor) -> "Tensor | HopperWeight | None":
+        assert self.recipe is not None
+        return prepare_weight(self.weight, self.recipe, quantised, name=self.name, nonfinite="propagate")
+
+    def _bytes_have_rounded(self) -> Tensor | None:
+        """bool on the device; None where no bytes were made."""
+        if self._prepared is None or isinstance(self._prepared, Tensor) or self._quantised is None:
+            return None
+        return self._prepared.rounded(self._quantised, self.weight.dtype)
+
+    def _multiply_values(self) -> None:
+        assert self._prepared is not None
+        assert not isinstance(self._prepared, Tensor)
+        assert self._quantised is not None
+        self._prepared = self._prepared.as_values(self._quantised, self.weight.dtype)
+
+    def _sum_of_bits(self) -> Tensor | int:
+        return self.weight.detach().view(torch.int16).sum(dtype=torch.int64)
 
     def _raise_if_stale(self) -> None:
         if self._made_from != self._identity():
@@ -135,16 +155,27 @@ def requantise(model: nn.Module) -> None:
         assert module.recipe is not None
         key = (module.weight_size[1], module.weight.dtype, module.recipe.w)
         together.setdefault(key, []).append(module)
-    for (_, dtype, operand), alike in together.items():
+    for (_, _, operand), alike in together.items():
         for modules in _runs(alike):
             with modules[0].whole_weights(modules):
                 quantised = quantise(torch.cat([module.weight for module in modules]), operand)
-            values = quantised.dequantise(dtype)
-            start = 0
-            for module in modules:
-                stop = start + module.weight_size[0]
-                module.store(quantised[start:stop], values[start:stop])
-                start = stop
+                start = 0
+                for module in modules:
+                    stop = start + module.weight_size[0]
+                    module.store(quantised[start:stop])
+                    start = stop
+    _leave_bytes_that_round(model)
+
+
+def _leave_bytes_that_round(model: nn.Module) -> None:
+    """Every product multiplies exactly the packed form: a weight whose bytes cannot hold it is multiplied as values."""
+    found = [(module, module._bytes_have_rounded()) for module in quantised_weights(model)]
+    flags = [flag for _, flag in found if flag is not None]
+    if flags:
+        rounded = iter(torch.stack(flags).tolist())  # the one time that the host waits for all of them
+        for module, flag in found:
+            if flag is not None and next(rounded):
+                module._multiply_values()
 
 
 def _runs(modules: list[QuantisedWeight]) -> Iterator[list[QuantisedWeight]]:

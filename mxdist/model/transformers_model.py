@@ -6,7 +6,7 @@ the keyword ``packing`` of the model's call.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,11 @@ from mxdist.model.hf_tensors import HfTensor
 from mxdist.model.packing import PackedSequences, attend
 from mxdist.model.quantised_weight import QuantisedWeight
 from mxdist.model.shape import ModelShape
+from mxdist.quant.backend import nonfinite_in_passing
 from mxdist.quant.linear import mx_linear
+
+if TYPE_CHECKING:
+    from mxdist.quant.kernels.prepared import HopperWeight
 
 ATTENTION = "mxdist_packed"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,12 +40,21 @@ class MxLinear(QuantisedWeight, nn.Linear):  # type: ignore[misc]  # both say wh
         """[..., in] -> [..., out]."""
         if self.recipe is None:
             return F.linear(input, self.weight, self.bias)
-        return self.product(input, self.quantised_values())
+        return self.product(input, self.prepared())
 
-    def product(self, x: Tensor, values: Tensor | None) -> Tensor:
-        """``x`` times W_q, given as ``values`` [out, in]."""
+    def product(self, x: Tensor, weight_q: "Tensor | HopperWeight | None") -> Tensor:
+        """``x`` times W_q, as ``prepared`` gives it."""
         assert self.recipe is not None
-        output = mx_linear(x, self.weight, values, self.recipe, self.bias, seed=self.seed(), name=self.name)
+        output = mx_linear(
+            x,
+            self.weight,
+            weight_q,
+            self.recipe,
+            self.bias,
+            seed=self.seed(),
+            name=self.name,
+            nonfinite=nonfinite_in_passing(x.device),
+        )
         self.show(x, output)
         return output
 

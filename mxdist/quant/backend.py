@@ -1,4 +1,7 @@
-"""Which code quantises on a device: Triton's kernels where they run, the reference elsewhere. Equal in every bit.
+"""Which code quantises on a device, and which GEMMs a quantised weight is made for.
+
+Quantisers are Triton's kernels where they run and the reference elsewhere, equal in every bit. `prepare_weight` alone
+decides what multiplies in training: what it returns is what `linear.mx_linear` then does.
 
 Triton is imported only when a tensor on a GPU is quantised; without it, and on a CPU, nothing here needs it.
 """
@@ -8,17 +11,22 @@ from __future__ import annotations
 import importlib.util
 import logging
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mxdist.quant import reference
-from mxdist.quant.kernels.options import missing_in_terms
+from mxdist.quant.kernels import plan
+from mxdist.quant.kernels.options import missing_in_packed, missing_in_terms
 from mxdist.quant.philox import Draw
-from mxdist.quant.recipe import Operand
+from mxdist.quant.recipe import Operand, Recipe
 from mxdist.quant.reference import NonFinite
 from mxdist.quant.tensor import MXTensor
 from mxdist.quant.transform import Frozen
+
+if TYPE_CHECKING:
+    from mxdist.quant.kernels.prepared import HopperWeight
 
 _log = logging.getLogger(__name__)
 
@@ -88,3 +96,60 @@ def quantise(
     from mxdist.quant.kernels import quant_terms
 
     return quant_terms.quantise(x, operand, seed=seed, frozen=frozen, name=name, nonfinite=nonfinite)
+
+
+def dequantise(packed: MXTensor, dtype: torch.dtype) -> Tensor:
+    """Return `packed.dequantise(dtype)` by whatever is fastest on its device; packed is [N, K], contiguous."""
+    if quantisers_lack(packed.codes.device) is not None or missing_in_packed(packed.operand) is not None:
+        return packed.dequantise(dtype)
+    from mxdist.quant.kernels.packed import expand
+
+    return expand(packed, dtype)
+
+
+def prepare_weight(
+    weight: Tensor,
+    recipe: Recipe,
+    packed: MXTensor | None = None,
+    *,
+    frozen: Frozen | None = None,
+    name: str = "weight",
+    nonfinite: NonFinite = "error",
+) -> Tensor | HopperWeight:
+    """Return a master weight [N, K], quantised as `recipe.w` says, in the form that `linear.mx_linear` multiplies.
+
+    That is operands of FP8 GEMMs where the device and `kernels.plan` have some for this recipe and shape, and else
+    values of the weight's dtype, for the reference; off the CPU the first weight of each reason is named in the log.
+
+    packed  the same weight quantised already, which saves doing it again.
+    frozen  lists the tiles of X that have a residual; given to `mx_linear` as well.
+    """
+    if recipe.w is None:
+        raise ValueError(f"recipe {recipe.name!r} leaves weights alone: {name} has no quantised weight.")
+    weight = weight.detach()
+    lacking = quantisers_lack(weight.device)
+    if lacking is None and weight.dtype not in (torch.bfloat16, torch.float32):
+        lacking = f"the kernels multiply bfloat16 and float32, not {weight.dtype}"
+    if lacking is None:
+        listed = frozen is not None and frozen.tiles is not None
+        choice = plan.backend(recipe, weight.shape[0], weight.shape[1], weight.device, listed)
+        if choice.forward.gemm is not plan.Gemm.REFERENCE:
+            from mxdist.quant.kernels import prepared
+
+            return prepared.prepare_weight(
+                weight, recipe, choice, packed, frozen=frozen, name=name, nonfinite=nonfinite
+            )
+        lacking = choice.forward.reason
+    if weight.device.type != "cpu":
+        say_once(name, lacking)
+    if packed is None:
+        return fake_quantise(weight, recipe.w, name=name, nonfinite=nonfinite, dtype=weight.dtype)
+    return dequantise(packed, weight.dtype)
+
+
+def nonfinite_in_passing(device: torch.device) -> NonFinite:
+    """What quantisers do about NaN and Inf inside a model: looking for them would make the host wait for a GPU.
+
+    There they pass through, to the log-probabilities and to the gradients, which are looked at once per update.
+    """
+    return "error" if device.type == "cpu" else "propagate"

@@ -11,19 +11,21 @@ name gradient operands quantise dY and X for the backward GEMMs too, each along 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mxdist.quant.backend import fake_quantise, quantisers_lack
-from mxdist.quant.kernels.plan import device_lacks
+from mxdist.quant.backend import fake_quantise
 from mxdist.quant.layout import as_rows
 from mxdist.quant.philox import Draw
 from mxdist.quant.recipe import Operand, Recipe
 from mxdist.quant.reference import NonFinite
 from mxdist.quant.transform import Frozen
+
+if TYPE_CHECKING:
+    from mxdist.quant.kernels.prepared import HopperWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Shard:
 def mx_linear(
     x: Tensor,
     weight: Tensor,
-    weight_q: Tensor | None,
+    weight_q: Tensor | HopperWeight | None,
     recipe: Recipe,
     bias: Tensor | None = None,
     *,
@@ -71,8 +73,9 @@ def mx_linear(
 
     x          [..., K], any leading axes, also zero rows.
     weight     [N, K], the master weight: it receives dW and, when `recipe.w` is None, is the weight multiplied with.
-    weight_q   [N, K], the dequantised quantised weight. The caller makes it once per optimizer step and keeps it in
-               x's dtype (another dtype is converted on every call). Required exactly when `recipe.w` is set.
+    weight_q   the quantised weight, made once per optimizer step: what `backend.prepare_weight` gives, or dequantised
+               values [N, K] in x's dtype (another dtype is converted on every call). Required exactly when `recipe.w`
+               is set.
     seed       required when an operand of this call draws random numbers (without gradients only x_fwd can); should
                differ per step and layer.
     shard      where this rank's x and weight lie in the whole linear; only random numbers depend on it.
@@ -80,26 +83,19 @@ def mx_linear(
     name       the layer's name, for errors.
     nonfinite  what NaN and Inf in x or dY do, see `reference.quantise`.
 
-    The GEMMs run in x's dtype; gradients come back in their inputs' dtypes. A recipe that quantises nothing is plain
-    `torch.nn.functional.linear`. On a Hopper GPU with Triton, linears that are trained run on FP8 tensor cores where
-    that pays (`mxdist.quant.kernels`): the same operands, products exact to the rounding of their output.
+    Gradients come back in their inputs' dtypes. A recipe that quantises nothing is plain
+    `torch.nn.functional.linear`. Values are multiplied in x's dtype; a weight that was prepared for Hopper's FP8
+    tensor cores is multiplied there (`mxdist.quant.kernels`): the same operands, products exact to the rounding of
+    their output.
     """
     if not recipe.quantises:
         return F.linear(x, weight, bias)
-    linear = reference_linear
-    if weight.requires_grad and x.numel() >= FP8_FROM * x.shape[-1] and _fp8_runs(x.device):
-        from mxdist.quant.kernels.linear import mx_linear as linear
-    return linear(
-        x, weight, weight_q, recipe, bias, seed=seed, shard=shard, frozen=frozen, name=name, nonfinite=nonfinite
-    )
+    arguments: dict[str, Any] = {"seed": seed, "shard": shard, "frozen": frozen, "name": name, "nonfinite": nonfinite}
+    if weight_q is None or isinstance(weight_q, Tensor):
+        return reference_linear(x, weight, weight_q, recipe, bias, **arguments)
+    from mxdist.quant.kernels.linear import kernel_linear
 
-
-FP8_FROM = 2048
-"""Tokens from which making bytes of a weight's values in every call costs less than FP8 saves (bench: layers)."""
-
-
-def _fp8_runs(device: torch.device) -> bool:
-    return quantisers_lack(device) is None and device_lacks(device) is None
+    return kernel_linear(x, weight, weight_q, recipe, bias, **arguments)
 
 
 def reference_linear(
@@ -116,8 +112,6 @@ def reference_linear(
     nonfinite: NonFinite = "error",
 ) -> Tensor:
     """`mx_linear` with GEMMs in x's dtype, on any device."""
-    if not recipe.quantises:
-        return F.linear(x, weight, bias)
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     random = recipe.needs_seed if trained else recipe.x_fwd is not None and recipe.x_fwd.needs_seed
     if random and seed is None:

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mxdist.quant.backend import prepare_weight
 from mxdist.quant.fallback import choose_tiles, tile_maxima
-from mxdist.quant.kernels.linear import HopperWeight, mx_linear, prepare_weight
 from mxdist.quant.kernels.plan import plan
+from mxdist.quant.kernels.prepared import HopperWeight
+from mxdist.quant.linear import mx_linear
 from mxdist.quant.recipe import Fallback, Macro, Operand, Recipe, get_recipe
 from mxdist.quant.reference import fake_quantise
 from mxdist.quant.transform import Frozen

@@ -25,6 +25,7 @@
     swiglu        SwiGLU's backward pass
     permute       rows of tokens to rows of experts as bytes, and sums back
     experts       a MoE layer's experts: tokens in, tokens out
+    prepared      a quantised weight as the operands of its GEMMs
     linear        mx_linear on these kernels
 
 Every kernel writes the values of `reference.quantise` bit for bit. Import from the submodules; those with kernels

@@ -1,4 +1,4 @@
-"""`mx_linear` on FP8 tensor cores: the function of `mxdist.quant.linear.mx_linear`, by the GEMMs that `plan` chooses.
+"""`mx_linear` on FP8 tensor cores: the same function by other GEMMs, those that its weight was prepared for.
 
 Quantised values are those of the reference, bit for bit; products are exact to the rounding of their output, while the
 reference multiplies in the input's dtype. One exception: rotated operands of dW are multiplied rotated, so that for
@@ -7,108 +7,39 @@ token counts that are no multiple of 32 the quantisation noise which rotating sp
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mxdist.quant import linear as reference
-from mxdist.quant.backend import say_once
 from mxdist.quant.format import TILE
 from mxdist.quant.kernels import quant_terms
 from mxdist.quant.kernels.dequantise import dequantise
-from mxdist.quant.kernels.forms import Form, Fp8Matrix, empty_tiles
+from mxdist.quant.kernels.forms import Form, Fp8Matrix
 from mxdist.quant.kernels.gemm import matmul
-from mxdist.quant.kernels.plan import Gemm, Plan, device_lacks, plan, without_bytes
-from mxdist.quant.kernels.quant_residual import quantise_with_residual, repeat_tiles, room_for_tiles
+from mxdist.quant.kernels.plan import Gemm, Plan
+from mxdist.quant.kernels.prepared import HopperWeight
+from mxdist.quant.kernels.quant_residual import quantise_with_residual
 from mxdist.quant.kernels.quant_rows import quantise_rows
 from mxdist.quant.kernels.quant_tiles import quantise_tiles
-from mxdist.quant.kernels.quant_weight import Fp8Weight, quantise_weight
 from mxdist.quant.layout import as_rows
 from mxdist.quant.linear import Shard
 from mxdist.quant.philox import Draw
 from mxdist.quant.recipe import Operand, Recipe
-from mxdist.quant.reference import NonFinite, quantise
+from mxdist.quant.reference import NonFinite
 from mxdist.quant.transform import Frozen
-
-
-@dataclass(frozen=True, slots=True)
-class HopperWeight:
-    """A quantised weight [N, K] as GEMM operands; made once per optimizer step by `prepare_weight`.
-
-    forward     bytes, or None where products run on values
-    transposed  the same bytes [K, N]; None for weights with a macro factor per tile, which have no FP8 form along N
-    longer      [N, K + 128 n]: forward and copies of the n tiles whose activations have a residual, or None
-    values      dequantised [N, K], instead of bytes
-    """
-
-    forward: Fp8Matrix | None
-    transposed: Fp8Matrix | None = None
-    longer: Fp8Matrix | None = None
-    values: Tensor | None = None
-
-    def dequantise(self, dtype: torch.dtype) -> Tensor:
-        """Return W_q [N, K]."""
-        if self.values is not None:
-            return self.values.to(dtype)
-        assert self.forward is not None
-        return dequantise(self.forward, dtype)
-
-
-def prepare_weight(
-    weight: Tensor,
-    recipe: Recipe,
-    *,
-    frozen: Frozen | None = None,
-    name: str = "weight",
-    nonfinite: NonFinite = "error",
-) -> HopperWeight | Tensor:
-    """Quantise a master weight [N, K] into what `mx_linear` here takes as `weight_q`, for the same `frozen`.
-
-    Where the plan is the reference, that is a dequantised tensor of the weight's dtype.
-    """
-    assert recipe.w is not None, "a recipe that leaves weights alone has no quantised weight"
-    weight = weight.detach()
-    choice = plan(recipe, weight.shape[0], weight.shape[1], _listed(frozen) is not None)
-    if choice.forward.gemm is Gemm.REFERENCE or device_lacks(weight.device) is not None:
-        return quantise(weight, recipe.w, name=name, nonfinite=nonfinite).dequantise(weight.dtype)
-    return weight_operands(weight, recipe, choice, frozen, name, nonfinite)
-
-
-def weight_operands(
-    weight: Tensor, recipe: Recipe, choice: Plan, frozen: Frozen | None, name: str, nonfinite: NonFinite
-) -> HopperWeight:
-    """Quantise a weight for a plan that is not the reference."""
-    assert recipe.w is not None
-    if choice.forward.gemm is Gemm.BF16:
-        values = quant_terms.fake_quantise(weight, recipe.w, name=name, nonfinite=nonfinite, dtype=weight.dtype)
-        return HopperWeight(None, values=values)
-    (n, k), form, tiles = weight.shape, choice.weight_form, _listed(frozen)
-    longer = own = None
-    if tiles is not None and recipe.x_fwd is not None and recipe.x_fwd.fallback is not None:
-        longer, own = room_for_tiles(n, k, form, len(tiles), weight.device)
-    if form is Form.TILE:
-        forward = quantise_with_residual(weight, recipe.w, name=name, nonfinite=nonfinite, out=own)
-        result = HopperWeight(forward, longer=longer)
-    else:
-        out = Fp8Weight(own, empty_tiles(k, n, form, weight.device)) if own else None
-        both = quantise_weight(weight, recipe.w, form=form, out=out, name=name, nonfinite=nonfinite)
-        result = HopperWeight(both.forward, both.transposed, longer)
-    if longer is not None and tiles is not None:
-        repeat_tiles(longer, tiles)
-    return result
 
 
 def _listed(frozen: Frozen | None) -> Tensor | None:
     return None if frozen is None else frozen.tiles
 
 
-def mx_linear(
+def kernel_linear(
     x: Tensor,
     weight: Tensor,
-    weight_q: Tensor | HopperWeight | None,
+    weight_q: HopperWeight,
     recipe: Recipe,
     bias: Tensor | None = None,
     *,
@@ -118,66 +49,16 @@ def mx_linear(
     name: str = "linear",
     nonfinite: NonFinite = "error",
 ) -> Tensor:
-    """Return Q(x) @ weight_q^T + bias; arguments as for `mxdist.quant.linear.mx_linear`.
+    """Return Q(x) @ weight_q^T + bias; arguments as for `mxdist.quant.linear.mx_linear`, x bfloat16 or float32.
 
-    weight_q   a `HopperWeight`, or the dequantised weight, which is then turned into bytes on every call (exact: on
-               quantised values rounding changes nothing). From weights with macro factors or a fallback no bytes can
-               be told: they are multiplied in x's dtype.
+    weight_q   made by `prepared.prepare_weight` for the same recipe and the same listed tiles.
     nonfinite  "error" waits for the device in every quantiser; "propagate" never does.
 
-    Falls back to the reference, and says so once, where the plan or the device asks for it.
+    Runs whatever the device: on a CPU Triton's interpreter runs the kernels, for the tests.
     """
-    choice = plan(recipe, weight.shape[0], weight.shape[1], _listed(frozen) is not None) if recipe.quantises else None
-    lacking = device_lacks(x.device)
-    if choice is None or lacking is not None or _needs_reference(choice, x):
-        if choice is not None:
-            say_once(name, lacking or choice.why())
-        if isinstance(weight_q, HopperWeight):
-            weight_q = weight_q.dequantise(x.dtype)
-        return reference.reference_linear(
-            x, weight, weight_q, recipe, bias, seed=seed, shard=shard, frozen=frozen, name=name, nonfinite=nonfinite
-        )
-    return kernel_linear(
-        x, weight, weight_q, recipe, bias, choice, seed=seed, shard=shard, frozen=frozen, name=name,
-        nonfinite=nonfinite,
-    )  # fmt: skip
-
-
-def kernel_linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_q: Tensor | HopperWeight | None,
-    recipe: Recipe,
-    bias: Tensor | None,
-    choice: Plan,
-    *,
-    seed: int | None = None,
-    shard: Shard | None = None,
-    frozen: Frozen | None = None,
-    name: str = "linear",
-    nonfinite: NonFinite = "error",
-) -> Tensor:
-    """`mx_linear` by the kernels, whatever the device: on a CPU Triton's interpreter runs them, for the tests."""
-    if weight_q is None:
-        raise ValueError(f"recipe {recipe.name!r} quantises weights: {name} needs weight_q, the quantised weight.")
-    if isinstance(weight_q, Tensor):
-        assert recipe.w is not None
-        if recipe.w.macro is not None or recipe.w.fallback is not None:
-            choice = without_bytes(choice, "W came as values, from which bytes with macro factors cannot be told")
-        if choice.forward.gemm is Gemm.BF16:
-            weight_q = HopperWeight(None, values=weight_q.detach())
-        else:
-            plain = replace(recipe, w=Operand(square=recipe.w.square, scale_rule=recipe.w.scale_rule))
-            weight_q = weight_operands(weight_q.detach(), plain, choice, frozen, name, "propagate")
-    return _HopperLinear.apply(
-        x, weight, bias, _Site(recipe, choice, weight_q, seed, shard or Shard(), frozen, name, nonfinite)
-    )
-
-
-def _needs_reference(choice: Plan, x: Tensor) -> bool:
-    if any(part.gemm is Gemm.REFERENCE for part in (choice.forward, choice.dgrad, choice.wgrad)):
-        return True
-    return x.dtype not in (torch.bfloat16, torch.float32)
+    keeps = torch.is_grad_enabled() and weight.requires_grad  # `apply` disables gradients before it asks
+    site = _Site(recipe, weight_q.plan, weight_q, seed, shard or Shard(), frozen, name, nonfinite, keeps)
+    return _HopperLinear.apply(x, weight, bias, site)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,6 +73,7 @@ class _Site:
     frozen: Frozen | None
     name: str
     nonfinite: NonFinite
+    keeps: bool  # dW will be asked for
 
     def draw(self, which: str) -> Draw | None:
         """The random numbers of the operand called `which`."""
@@ -260,7 +142,7 @@ class _Site:
 class _HopperLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, site: _Site) -> Tensor:
-        rows, want_weight = as_rows(x), ctx.needs_input_grad[1]
+        rows, want_weight = as_rows(x), site.keeps
         forward, wgrad = site.plan.forward.gemm, site.plan.wgrad.gemm
         form = Form.SQUARE if wgrad is Gemm.BLOCK else Form.TILE
         # What is kept for dW: a byte per element, along tokens where dW is FP8, as the forward's operand otherwise.

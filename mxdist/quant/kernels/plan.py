@@ -55,7 +55,7 @@ class Plan:
 
 
 def backend(recipe: Recipe, outputs: int, inputs: int, device: torch.device, listed: bool = False) -> Plan:
-    """Return what `kernels.linear.mx_linear` runs for a weight [outputs, inputs] on `device`; `Plan.why` says why.
+    """Return what runs for a weight [outputs, inputs] on `device`; `Plan.why` says why.
 
     listed  the tiles that get an outlier fallback are listed (`Frozen.tiles`), not found by a threshold.
 
@@ -85,7 +85,7 @@ def plan(recipe: Recipe, outputs: int, inputs: int, listed: bool = False) -> Pla
 
 
 def without_bytes(chosen: Plan, reason: str) -> Plan:
-    """Return the plan for a weight that comes as values of which no bytes can be made: `chosen` but for them."""
+    """Return the plan for a weight of which no bytes can be made: `chosen` but for them."""
     choice = Choice(Gemm.BF16, reason)
     return Plan(choice, choice, chosen.wgrad)
 

@@ -3,7 +3,7 @@
 A program owns a 128 x 128 square. It reads it once for the rows and again for the columns, which the caches serve:
 holding the square for both needs so many registers that it is slower (measured on an H200 at 16384 x 22016: 0.50 ms
 this way, 0.62 ms held, 0.53 ms in two launches). What limits it is arithmetic: two roundings of every element fill the
-integer pipe to two thirds, against half of the memory's time.
+integer pipe to two thirds, against half of the memory's time. `quant_pairs` does the plain ones with less.
 """
 
 from __future__ import annotations

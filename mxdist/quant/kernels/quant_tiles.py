@@ -14,6 +14,7 @@ from mxdist.quant.kernels.nonfinite import Flag
 from mxdist.quant.kernels.options import Options, Random, UnsupportedOperandError, options_of
 from mxdist.quant.kernels.piece import quantise_piece_by_column, quantise_piece_by_row
 from mxdist.quant.kernels.quant_both import launch_both, one_read_fits
+from mxdist.quant.kernels.quant_pairs import launch_pairs, pairs_fit
 from mxdist.quant.kernels.runs import PIECE, TILES
 from mxdist.quant.philox import Draw
 from mxdist.quant.recipe import Operand
@@ -84,7 +85,10 @@ def quantise_tiles(
         by_column = empty_tiles(x.shape[1], x.shape[0], column_form, x.device, column_options.hadamard)
         column_random = Random.of(column_draw, x.shape[0], column_options.stochastic)
     if by_row and row_options and by_column and column_options and one_read_fits(row_options, column_options):
-        launch_both(x, by_row, row_options, row_random, by_column, column_options, column_random, flag)
+        if pairs_fit(x, row_options, column_options):
+            launch_pairs(x, by_row, by_column, row_options, flag)
+        else:
+            launch_both(x, by_row, row_options, row_random, by_column, column_options, column_random, flag)
     else:
         if by_row and row_options:
             _launch(x, by_row, row_options, row_random, flag, False)

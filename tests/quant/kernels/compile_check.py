@@ -27,6 +27,7 @@ from mxdist.quant.kernels import (
     quant_both,
     quant_experts,
     quant_norm,
+    quant_pairs,
     quant_residual,
     quant_rows,
     quant_terms,
@@ -43,6 +44,7 @@ POINTERS = {
     "listed": "*i32", "slots": "*i32", "values": "*bf16", "codes": "*u8", "scales": "*u8", "macro": "*u8",
     "residual_codes": "*u8", "residual_scales": "*u8", "a": "*u8", "b": "*u8", "a_factor": "*fp32", "b_factor": "*fp32",
     "c": "*bf16", "weight": "*bf16", "inverse": "*fp32", "out": "*fp32",
+    "x_words": "*i32", "data_halves": "*i16", "data_t_words": "*i32",
 }  # fmt: skip
 NUMBERS = {"alpha": "fp32", "epsilon": "fp32", "threshold": "fp32", "seed": "i64", "seed_t": "i64"}
 
@@ -69,6 +71,9 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     both |= {"MACRO_BITS": 0, "RANDOM": False, "RANDOM_T": False}
     both |= dict(zip(("ROWS", "COLS"), quant_both.SHAPE[:2], strict=True))
     yield "both", quant_both._kernel, both | {"MACRO_BITS_T": 0}, quant_both.SHAPE[2]
+    for squares in (True, False):
+        pairs = {"PARTS": quant_pairs.PARTS, "SQUARES": squares, "CHECK": True, "CARRY": CEIL}
+        yield f"both in pairs, squares: {squares}", quant_pairs._kernel, pairs, quant_pairs.WARPS
     experts = both | {"BY_COLUMN": True, "HADAMARD_T": False}
     for name, source in (("tokens", quant_experts.TOKENS), ("swiglu", quant_experts.SWIGLU)):
         yield f"experts, {name}", quant_experts._kernel, experts | {"SOURCE": source}, quant_both.SHAPE[2]
@@ -133,7 +138,11 @@ def compile_kernel(kernel: Any, constants: dict[str, object], warps: int, arch: 
         if name in signature:
             signature[name] = "*u8" if constants["GROUP"] == 32 else "*fp8e4nv"
     signature |= dict.fromkeys(constants, "constexpr")
-    sizes = {n for n in names if "stride" in n or n in ("columns", "half", "n", "k", "outputs") or n.endswith("width")}
+    sizes = {
+        n
+        for n in names
+        if "stride" in n or n in ("columns", "half", "n", "k", "outputs", "words") or n.endswith("width")
+    }
     multiples = sizes | {n for n in names if signature[n].startswith("*")}
     aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in multiples}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)

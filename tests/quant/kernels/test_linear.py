@@ -12,12 +12,14 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from mxdist.quant import linear as reference
+from mxdist.quant import backend
 from mxdist.quant.fallback import choose_tiles, tile_maxima
-from mxdist.quant.kernels.linear import kernel_linear, mx_linear, prepare_weight, weight_operands
+from mxdist.quant.kernels import linear as kernels
 from mxdist.quant.kernels.plan import Gemm, plan
+from mxdist.quant.kernels.prepared import HopperWeight, prepare_weight
+from mxdist.quant.linear import mx_linear, reference_linear
 from mxdist.quant.recipe import Fallback, Macro, Operand, Recipe, get_recipe
-from mxdist.quant.reference import fake_quantise
+from mxdist.quant.reference import fake_quantise, quantise
 from mxdist.quant.transform import Frozen
 from tests.quant.kernels.data import DEVICE, matrix
 
@@ -31,45 +33,92 @@ RECIPES = [
 ]
 
 
-@pytest.mark.parametrize("as_values", [False, True], ids=["prepared", "from values"])
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
-def test_output_and_gradients_are_the_references(recipe: Recipe, as_values: bool) -> None:
+def test_output_and_gradients_are_the_references(recipe: Recipe) -> None:
     x, w = matrix(32, 384, dtype=torch.float32), matrix(128, 384, seed=1, dtype=torch.float32)
     dy, bias = matrix(32, 128, seed=2, dtype=torch.float32), torch.ones(128, device=DEVICE)
     listed = recipe.x_fwd is not None and recipe.x_fwd.fallback is not None and recipe.x_fwd.fallback.fraction
     frozen = Frozen(tiles=choose_tiles(tile_maxima(x), listed)) if listed else Frozen()
     choice = plan(recipe, 128, 384, bool(listed))
     assert choice.forward.gemm is not Gemm.REFERENCE
-    values = fake_quantise(w, recipe.w)
-    weight_q = values if as_values else weight_operands(w, recipe, choice, frozen, "weight", "error")
 
-    def run(linear: object, weight_q: object, *rest: object, dtype: torch.dtype) -> list[torch.Tensor]:
+    def run(linear: object, weight_q: object, dtype: torch.dtype) -> list[torch.Tensor]:
         leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, w, bias)]
-        y = linear(leaves[0], leaves[1], weight_q, recipe, leaves[2], *rest, seed=3, frozen=frozen)
+        y = linear(leaves[0], leaves[1], weight_q, recipe, leaves[2], seed=3, frozen=frozen)
         return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))]
 
-    ours = run(kernel_linear, weight_q, choice, dtype=torch.float32)
-    theirs = run(reference.reference_linear, values.double(), dtype=torch.float64)
+    ours = run(mx_linear, prepare_weight(w, recipe, choice, frozen=frozen), torch.float32)
+    theirs = run(reference_linear, fake_quantise(w, recipe.w).double(), torch.float64)
     near = 3e-4 if DEVICE.type == "cuda" else 1e-6  # a tensor core's products lose terms below 14 bits
     for name, got, wanted in zip(("y", "dx", "dw", "db"), ours, theirs, strict=True):
         assert (got.double() - wanted).norm() <= near * wanted.norm(), name
 
 
-def test_the_public_linear_uses_the_reference_where_there_is_no_hopper_gpu() -> None:
-    x, w, recipe = torch.randn(3000, 64), torch.randn(32, 64, requires_grad=True), get_recipe("mxfp4")
-    w_q = fake_quantise(w, recipe.w)
-    assert torch.equal(reference.mx_linear(x, w, w_q, recipe), reference.reference_linear(x, w, w_q, recipe))
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_operands_hold_the_values_of_the_packed_form(recipe: Recipe) -> None:
+    w = matrix(128, 384, seed=1, dtype=torch.float32)
+    packed, choice = quantise(w, recipe.w), plan(recipe, 128, 384)
+    for prepared in (prepare_weight(w, recipe, choice), prepare_weight(w, recipe, choice, packed)):
+        assert torch.equal(prepared.dequantise(torch.float32), packed.dequantise())
+        assert not prepared.rounded(packed, torch.float32)
+        if prepared.transposed is not None:
+            assert torch.equal(prepared.transposed.dequantise().t(), packed.dequantise())
 
 
-def test_without_fp8_tensor_cores_the_reference_runs_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_squares_that_span_more_than_bytes_hold_are_seen_and_multiplied_as_values() -> None:
+    w, recipe = matrix(128, 256, dtype=torch.float32), get_recipe("mxfp4_g4")
+    w[3] *= 2.0**-24
+    packed = quantise(w, recipe.w)
+    prepared = prepare_weight(w, recipe, plan(recipe, 128, 256))
+    assert prepared.rounded(packed, torch.float32)
+    values = prepared.as_values(packed, torch.float32)
+    assert torch.equal(values.dequantise(torch.float32), packed.dequantise())
+    assert (values.plan.forward.gemm, values.plan.wgrad.gemm) == (Gemm.BF16, Gemm.BLOCK)
+    x = matrix(5, 256, dtype=torch.float32)
+    torch.testing.assert_close(mx_linear(x, w, values, recipe), mx_linear(x, w, packed.dequantise(), recipe))
+
+
+def test_without_gradients_nothing_is_quantised_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, x = get_recipe("mxfp4_g4"), matrix(4, 128)
+    w = matrix(128, 128, seed=1).requires_grad_()
+    weight_q = prepare_weight(w.detach(), recipe, plan(recipe, 128, 128))
+    columns: list[object] = []
+    by_both = kernels._Site.both
+    monkeypatch.setattr(kernels._Site, "both", lambda *arguments: columns.append(1) or by_both(*arguments))
+    with torch.no_grad():
+        without = mx_linear(x, w, weight_q, recipe)
+    assert not columns
+    assert torch.equal(mx_linear(x, w, weight_q, recipe), without)
+    assert columns
+
+
+def test_where_there_is_no_hopper_gpu_weights_are_prepared_as_values_for_the_reference() -> None:
     x, w, recipe = torch.randn(4, 64), torch.randn(32, 64), get_recipe("mxfp4")
-    w_q = prepare_weight(w, recipe)
-    assert isinstance(w_q, torch.Tensor)
+    for packed in (None, quantise(w, recipe.w)):
+        w_q = backend.prepare_weight(w, recipe, packed)
+        assert isinstance(w_q, torch.Tensor)
+        assert torch.equal(w_q, fake_quantise(w, recipe.w))
+    assert torch.equal(mx_linear(x, w, w_q, recipe), reference_linear(x, w, w_q, recipe))
+
+
+def test_a_device_that_has_the_kernels_gets_operands_or_says_once_why_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backend, "quantisers_lack", lambda _: None)
+    monkeypatch.setattr(backend.plan, "device_lacks", lambda _: None)
+    recipe = get_recipe("mxfp4")
+    w = matrix(128, 128)
+    assert isinstance(backend.prepare_weight(w, recipe), HopperWeight)
+    assert isinstance(backend.prepare_weight(w[:100], recipe), torch.Tensor)  # no FP8 GEMM has 100 outputs
+    monkeypatch.setattr(backend.plan, "device_lacks", lambda _: "compute capability 8.0 is not 9.0")
+    monkeypatch.setattr(backend, "_said", set())
+    w = w.to("meta")
+    monkeypatch.setattr(backend, "fake_quantise", lambda x, *_, **__: x)
     with caplog.at_level(logging.WARNING):
-        results = [mx_linear(x, w, w_q, recipe, name="layers.0.mlp") for _ in range(2)]
-    assert torch.equal(results[0], reference.mx_linear(x, w, w_q, recipe))
+        for layer in range(2):
+            backend.prepare_weight(w, recipe, name=f"layers.{layer}.mlp")
     assert [record.message for record in caplog.records] == [
-        "layers.0.mlp runs on the reference backend: a cpu device has no FP8 tensor cores"
+        "layers.0.mlp runs on the reference backend: compute capability 8.0 is not 9.0"
     ]
 
 

@@ -1,0 +1,98 @@
+"""A quantised weight as the operands of its GEMMs: made once per optimizer step, multiplied in every micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxdist.quant.kernels import quant_terms
+from mxdist.quant.kernels.dequantise import dequantise
+from mxdist.quant.kernels.forms import Form, Fp8Matrix, empty_tiles
+from mxdist.quant.kernels.packed import expand
+from mxdist.quant.kernels.plan import Gemm, Plan, without_bytes
+from mxdist.quant.kernels.quant_residual import quantise_with_residual, repeat_tiles, room_for_tiles
+from mxdist.quant.kernels.quant_weight import Fp8Weight, quantise_weight
+from mxdist.quant.kernels.unpack import unpack
+from mxdist.quant.recipe import Recipe
+from mxdist.quant.reference import NonFinite
+from mxdist.quant.tensor import MXTensor
+from mxdist.quant.transform import Frozen
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HopperWeight:
+    """A quantised weight [N, K] for the GEMMs of `plan`.
+
+    forward     bytes, or None where products run on values
+    transposed  the same bytes [K, N]; None for weights with a macro factor per tile, which have no FP8 form along N
+    longer      [N, K + 128 n]: forward and copies of the n tiles whose activations have a residual, or None
+    values      dequantised [N, K], instead of bytes
+    """
+
+    plan: Plan
+    forward: Fp8Matrix | None
+    transposed: Fp8Matrix | None = None
+    longer: Fp8Matrix | None = None
+    values: Tensor | None = None
+
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        """Return W_q [N, K]."""
+        if self.values is not None:
+            return self.values.to(dtype)
+        assert self.forward is not None
+        return dequantise(self.forward, dtype)
+
+    def rounded(self, packed: MXTensor, dtype: torch.dtype) -> Tensor:
+        """Whether bytes lost something of `packed`, which they do when codes of a square span more than 14 binades.
+
+        bool on the device, for which nobody waits here. Compared as values of `dtype`.
+        """
+        if self.forward is None:
+            return torch.zeros((), dtype=torch.bool, device=packed.codes.device)
+        return (self.dequantise(dtype) != expand(packed, dtype)).any()
+
+    def as_values(self, packed: MXTensor, dtype: torch.dtype) -> HopperWeight:
+        """The same weight without bytes, of `packed`'s values."""
+        plan = without_bytes(self.plan, "the codes of a 128x128 square of W span more than E4M3's 14 binades")
+        return HopperWeight(plan, None, values=expand(packed, dtype))
+
+
+def prepare_weight(
+    weight: Tensor,
+    recipe: Recipe,
+    choice: Plan,
+    packed: MXTensor | None = None,
+    *,
+    frozen: Frozen | None = None,
+    name: str = "weight",
+    nonfinite: NonFinite = "error",
+) -> HopperWeight:
+    """Quantise a master weight [N, K] for `choice`, a plan of `recipe` that is not the reference.
+
+    packed  the same weight quantised already, which saves the search of macro factors.
+    frozen  lists the tiles of X that have a residual, if `choice` was made for such a list.
+    """
+    assert recipe.w is not None
+    if choice.forward.gemm is Gemm.BF16:
+        if packed is not None:
+            return HopperWeight(choice, None, values=expand(packed, weight.dtype))
+        values = quant_terms.fake_quantise(weight, recipe.w, name=name, nonfinite=nonfinite, dtype=weight.dtype)
+        return HopperWeight(choice, None, values=values)
+    (n, k), form, tiles = weight.shape, choice.weight_form, None if frozen is None else frozen.tiles
+    longer = own = None
+    if tiles is not None and recipe.x_fwd is not None and recipe.x_fwd.fallback is not None:
+        longer, own = room_for_tiles(n, k, form, len(tiles), weight.device)
+    if form is Form.TILE and own is None and packed is not None:
+        return HopperWeight(choice, unpack(packed, "propagate"))
+    if form is Form.TILE:
+        forward = quantise_with_residual(weight, recipe.w, name=name, nonfinite=nonfinite, out=own)
+        result = HopperWeight(choice, forward, longer=longer)
+    else:
+        out = Fp8Weight(own, empty_tiles(k, n, form, weight.device)) if own else None
+        both = quantise_weight(weight, recipe.w, form=form, out=out, name=name, nonfinite=nonfinite)
+        result = HopperWeight(choice, both.forward, both.transposed, longer)
+    if longer is not None and tiles is not None:
+        repeat_tiles(longer, tiles)
+    return result
