@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mxdist.model.attention import PackedAttention
 from mxdist.model.experts import MxExperts
+from mxdist.model.moe_layer import MxMoELayer
 from mxdist.model.quantised_weight import QuantisedWeight
 from mxdist.quant.backend import nonfinite_in_passing
 from mxdist.quant.linear import Shard, mx_linear
@@ -153,6 +154,9 @@ def decoder_spec(layers: int, num_experts: int | None, qk_norms: bool) -> Transf
             k_layernorm=norm if qk_norms else IdentityOp,
         ),
     )
+    mlp = get_mlp_module_spec_for_backend(backend=backend, num_experts=num_experts)
+    if num_experts is not None:
+        mlp.module = MxMoELayer
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -161,7 +165,7 @@ def decoder_spec(layers: int, num_experts: int | None, qk_norms: bool) -> Transf
             self_attn_bda=get_bias_dropout_add,
             pre_cross_attn_layernorm=IdentityOp,
             pre_mlp_layernorm=norm,
-            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=num_experts),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
