@@ -8,6 +8,8 @@
 #   bfloat16    the same in bfloat16
 #   kernels     tests that compare the GPU with the reference, and short runs of the system
 #   dense       a profile of a dense model of 1.5 B parameters against bf16
+#   learner     updates of a dense model of 3 B parameters by recipe, without engines
+#   moe         updates of a model with 128 experts over two GPUs by recipe, without engines
 #
 # SITE: a folder of packages beside the Python's own. OUT: where results go (results/ by default). PYTHON: python3.
 set -euo pipefail
@@ -66,8 +68,10 @@ dense)
     keep "$runs/dense" dense
     exit "$status"
     ;;
+learner) "$python" -m tools.bench.learner tools/bench/dense_3b.yaml --out "$out/learner.json" "$@" ;;
+moe) "$python" -m tools.bench.learner tools/bench/moe_ep2.yaml --out "$out/moe.json" "$@" ;;
 *)
-    sed -n '2,12p' "$0" >&2
+    sed -n '2,14p' "$0" >&2
     exit 2
     ;;
 esac

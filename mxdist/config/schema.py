@@ -24,6 +24,7 @@ RecipeName = Literal[
     "mxfp4_mbs_g4",
     "mxfp4_of_g4",
     "mxfp4_mbs_of_g4",
+    "mxfp4_g4_nearest",
 ]
 """The presets of mxdist/quant/recipe.py, which says what each does; _g4 quantises gradients as well."""
 

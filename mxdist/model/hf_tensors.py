@@ -4,8 +4,10 @@ Which parameter holds what: ``weights`` for Megatron-core, ``transformers_model`
 """
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -114,11 +116,15 @@ def initialise(tensors: Iterable[HfTensor], shape: ModelShape, run_seed: int) ->
     """Random initial weights: N(0, initializer_range), norms 1, biases 0.
 
     Every tensor has a generator of its own, seeded with its Hugging Face name, and is drawn whole, so that the weights
-    do not depend on how they are divided over ranks.
+    do not depend on how they are divided over ranks. As many are drawn at a time as torch has threads.
     """
-    for tensor in tensors:
-        with tensor.whole(changed=True):
-            tensor.write(_first_values(tensor, shape, run_seed))
+    threads, remaining = torch.get_num_threads(), iter(tensors)
+    with ThreadPoolExecutor(threads) as pool:
+        while some := list(islice(remaining, threads)):
+            drawn = pool.map(lambda each: _first_values(each, shape, run_seed), some)
+            for tensor, values in zip(some, drawn, strict=True):
+                with tensor.whole(changed=True):
+                    tensor.write(values)
 
 
 def _first_values(tensor: HfTensor, shape: ModelShape, run_seed: int) -> Tensor:

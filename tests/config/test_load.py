@@ -118,7 +118,7 @@ def test_relative_data_paths_become_absolute_so_that_a_run_resumes_anywhere(
         (
             "recipe=mxfp",
             "recipe=mxfp (the command line) must be one of bf16, mxfp4, mxfp4_mbs, mxfp4_of, mxfp4_mbs_of, mxfp4_g4, "
-            "mxfp4_mbs_g4, mxfp4_of_g4, mxfp4_mbs_of_g4; did you mean mxfp4?",
+            "mxfp4_mbs_g4, mxfp4_of_g4, mxfp4_mbs_of_g4, mxfp4_g4_nearest; did you mean mxfp4?",
         ),
         ("algorithm.name=ppo", "algorithm.name=ppo (the command line) must be one of grpo, dapo, dr_grpo, gspo, rloo"),
         ("data.task=math", "data.task=math (the command line) must be one of arithmetic, gsm8k"),
