@@ -1,10 +1,10 @@
 """Products of few rows with packed weights, for decoding: weights are read once, as nibbles, and expanded in registers.
 
-    y = x W^T    x [M, K] quantised values, W packed; the numbers of x @ W.dequantise(x.dtype).t(), float32 accumulation
+    y = Q(x) W^T    x [M, K], W packed; float32 accumulation, rounded once
 
-With few rows a product takes as long as reading W, so a quarter of the bytes counts and arithmetic on x does not. The
-contraction may be split over programs (fewer output tiles than a GPU has multiprocessors); partial sums are added in a
-fixed order, so that the same x gives the same y.
+With few rows a product takes as long as reading W, so a quarter of the bytes counts and arithmetic on x does not.
+`decode_halves` multiplies 16-bit x with weights in blocks of 32; the kernel here does all else, float32 x and blocks of
+16, and rounds weights to x's dtype first. Both add partial sums in a fixed order: the same x gives the same y.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mxdist.quant.kernels import decode_halves, quant_terms
 from mxdist.quant.kernels.device import INTERPRETED
 from mxdist.quant.kernels.groups import Groups, tile_height
 from mxdist.quant.kernels.packed import UNSHIFT, Source, load_values
+from mxdist.quant.kernels.quant_halves import takes
+from mxdist.quant.recipe import Operand
 from mxdist.quant.tensor import MXTensor
 
-__all__ = ["Groups", "multiply", "multiply_experts"]
+__all__ = ["Groups", "multiply", "multiply_experts", "quantises"]
 
 WIDTH, DEPTH = 64, 128
 """Outputs of a program, and elements along K that it takes at a time."""
@@ -78,24 +81,31 @@ def _kernel(
     tl.store(to, (total * UNSHIFT).to(out.dtype.element_ty), mask=inside & (column < outputs)[None, :])
 
 
-def multiply(x: Tensor, weight: MXTensor, bias: Tensor | None = None) -> Tensor:
-    """Return x W^T + bias [M, N] of x's dtype, rounded once, for x [M, K] bfloat16 or float32, W packed [N, K].
+def multiply(x: Tensor, weight: MXTensor, bias: Tensor | None = None, operand: Operand | None = None) -> Tensor:
+    """Return Q(x) W^T + bias [M, N] of x's dtype, rounded once, for x [M, K] and W packed [N, K].
+
+    operand  how x is quantised first, see `quantises`; None multiplies x as it is. NaN and Inf propagate.
 
     Raises `UnsupportedOperandError` for weights that `options.missing_in_packed` names.
     """
-    return _launch(x, weight, weight.shape[0], None, bias)
+    return _launch(x, weight, weight.shape[0], None, bias, operand)
 
 
-def multiply_experts(x: Tensor, weight: MXTensor, groups: Groups) -> Tensor:
-    """Return [rows, N]: x [rows, K], grouped by expert, group e times W_e^T.
+def multiply_experts(x: Tensor, weight: MXTensor, groups: Groups, operand: Operand | None = None) -> Tensor:
+    """Return [rows, N]: x [rows, K], grouped by expert, group e times W_e^T; otherwise as `multiply`.
 
     weight  packed [experts * N, K], expert after expert; those without rows are not read.
     """
-    return _launch(x, weight, weight.shape[0] // groups.experts, groups)
+    return _launch(x, weight, weight.shape[0] // groups.experts, groups, None, operand)
+
+
+def quantises(operand: Operand) -> bool:
+    """True when products can be given x before it is quantised."""
+    return takes(operand)
 
 
 def _launch(
-    x: Tensor, weight: MXTensor, outputs: int, groups: Groups | None = None, bias: Tensor | None = None
+    x: Tensor, weight: MXTensor, outputs: int, groups: Groups | None, bias: Tensor | None, operand: Operand | None
 ) -> Tensor:
     source, (rows, k), device = Source.of(weight), x.shape, x.device
     if k != weight.shape[1]:
@@ -106,7 +116,12 @@ def _launch(
         x = x.contiguous()
     height = groups.height if groups else tile_height(rows)
     table, tiles = (groups.table, len(groups.table)) if groups else (None, triton.cdiv(rows, height))
-    columns = triton.cdiv(outputs, WIDTH)
+    if x.dtype in (torch.bfloat16, torch.float16) and source.constants["BLOCK"] == decode_halves.BLOCK:
+        shape = decode_halves.shape_of(height, outputs, k, tiles, _multiprocessors(device))
+        return decode_halves.multiply_halves(x, source, outputs, height, table, bias, operand, shape)
+    if operand is not None:
+        x = quant_terms.fake_quantise(x, operand, nonfinite="propagate", dtype=x.dtype)
+    height, columns = max(height, 16), triton.cdiv(outputs, WIDTH)
     parts, length = _split(k, columns * tiles, _multiprocessors(device))
     # The interpreter casts to bfloat16 by cutting bits off.
     wide = parts > 1 or bias is not None or INTERPRETED.value

@@ -73,4 +73,4 @@ class Groups:
 
 def tile_height(rows: int) -> int:
     """Rows of a tile for experts, or a product, of `rows` rows."""
-    return max(16, min(DECODE_ROWS, triton.next_power_of_2(rows)))
+    return max(8, min(DECODE_ROWS, triton.next_power_of_2(rows)))

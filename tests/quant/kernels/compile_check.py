@@ -21,11 +21,13 @@ from triton.compiler import ASTSource
 
 from mxdist.quant.kernels import (
     decode,
+    decode_halves,
     dot_scaled,
     groups,
     packed,
     quant_both,
     quant_experts,
+    quant_halves,
     quant_norm,
     quant_pairs,
     quant_residual,
@@ -40,7 +42,8 @@ from mxdist.quant.kernels import (
 CEIL = 0x3FFFFF
 POINTERS = {
     "x_pointer": "*bf16", "w": "*bf16", "flag": "*i32", "reference": "*i32", "data": "*fp8e4nv", "data_t": "*fp8e4nv",
-    "scale": "*fp32", "scale_t": "*fp32", "x": "*bf16", "map": "*fp32", "table": "*i32", "counts": "*i64",
+    "scale": "*fp32", "scale_t": "*fp32", "x": "*bf16", "map": "*fp32", "table": "*i32", "counts": "*i64", "units": "*fp32", "bias": "*bf16",
+    "partial": "*fp32", "finished": "*i32",
     "listed": "*i32", "slots": "*i32", "values": "*bf16", "codes": "*u8", "scales": "*u8", "macro": "*u8",
     "residual_codes": "*u8", "residual_scales": "*u8", "a": "*u8", "b": "*u8", "a_factor": "*fp32", "b_factor": "*fp32",
     "c": "*bf16", "weight": "*bf16", "inverse": "*fp32", "out": "*fp32",
@@ -113,14 +116,29 @@ def packed_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     yield "decode, 16 rows", decode._kernel, plain | shape | {"BM": 16}, decode.WARPS
     for name, constants in (("plain", plain), ("macro and fallback", both)):
         yield f"decode, 64 rows, {name}", decode._kernel, constants | shape | {"BM": 64}, decode.WARPS
-    yield (
-        "decode, experts",
-        decode._kernel,
-        {key: value for key, value in (plain | shape | {"BM": 16}).items() if key != "table"},
-        decode.WARPS,
-    )
+    yield from halves_cases()
     yield "tiles of experts", groups._kernel, {"HEIGHT": 16, "EXPERTS": 128, "TILES": groups._TILES}, 4
     yield "expand", packed._expand_kernel, both | {"ROWS": packed._ROWS, "DEPTH": packed._DEPTH}, packed._WARPS
+
+
+def halves_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
+    """Products of 16-bit rows: of 8 and 32 rows, split and not, of experts, with all that weights may have."""
+    absent = ("table", "macro", "residual_codes", "residual_scales", "bias", "partial", "finished")
+    plain = dict.fromkeys(absent) | {"METHOD": 0, "MACRO": 128, "FALLBACK": False, "SPLIT": 1, "EVEN": True, "BM": 8}
+    given = ("table", "macro", "residual_codes", "residual_scales", "bias", "partial", "finished")
+    every = plain | {"METHOD": terms.SEARCHED.value, "FALLBACK": True, "SPLIT": 3, "EVEN": False, "BM": 32}
+    every = {key: value for key, value in every.items() if key not in given}
+    for name, constants in (("plain", plain), ("all", every)):
+        shape = _halves_shape(constants)
+        cut = {"WIDTH": shape.width, "DEPTH": shape.depth, "LENGTH": 1024}
+        yield f"halves, {name}", decode_halves._kernel, constants | cut, shape.warps
+    options = {"CARRY": CEIL, "SATURATE": False, "BITS": 8, "WIDTH": quant_halves._WIDTH, "READ": quant_halves._READ}
+    options |= {"READS": 6, "QUANTISE": True, "METHOD": terms.STATIC.value, "FALLBACK": True}
+    yield "rows to halves", quant_halves._kernel, options, quant_halves._WARPS
+
+
+def _halves_shape(constants: Any) -> decode_halves.Shape:
+    return decode_halves.shape_of(constants["BM"], 2560, 2048, 1, 132)
 
 
 def blackwell_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
@@ -134,6 +152,11 @@ def compile_kernel(kernel: Any, constants: dict[str, object], warps: int, arch: 
     """Registers, spilt bytes, ptxas warnings and PTX of one kernel."""
     names = [name for name in kernel.arg_names if name not in constants]
     signature = {name: (POINTERS | NUMBERS).get(name, "i32") for name in names}
+    if kernel in (decode_halves._kernel, quant_halves._kernel):
+        signature["x" if kernel is decode_halves._kernel else "values"] = "*fp16"
+    if kernel is decode_halves._kernel:
+        box = f"tensordesc<u8[{constants['WIDTH']}, {constants['DEPTH'] // 2}]>"
+        signature |= {name: box for name in ("codes", "residual_codes") if name in signature}
     for name in ("a_scale", "b_scale"):
         if name in signature:
             signature[name] = "*u8" if constants["GROUP"] == 32 else "*fp8e4nv"
@@ -146,9 +169,12 @@ def compile_kernel(kernel: Any, constants: dict[str, object], warps: int, arch: 
     multiples = sizes | {n for n in names if signature[n].startswith("*")}
     aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in multiples}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
-    options = {"num_warps": warps, "enable_fp_fusion": "METHOD" not in constants}  # as launched
+    fused = "METHOD" not in constants or kernel is decode_halves._kernel
+    options = {"num_warps": warps, "enable_fp_fusion": fused}  # as launched
     if kernel is decode._kernel:
         options["num_stages"] = decode.STAGES
+    if kernel is decode_halves._kernel:
+        options["num_stages"] = _halves_shape(constants).stages
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
     suffix = "-blackwell" if arch >= 100 else ""

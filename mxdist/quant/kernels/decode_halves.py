@@ -1,0 +1,232 @@
+"""The fast product of few rows with packed weights: nibbles become float16 in registers, a block a tensor core step.
+
+    y[m, n] = sum over blocks b of s[n, b] * sum over the block of w[n, k] x[m, k]
+
+A word of eight nibbles becomes eight float16 numbers with 11 integer instructions. An inner sum is one product of 32,
+exact in float32, and the block's scale is applied to it, not to the elements. The program's warps take different
+blocks of the same outputs, and the contraction may be split further over programs: the last of them to finish adds the
+partial sums, always in one order, so that the same x gives the same y.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from mxdist.quant.kernels.device import INTERPRETED, power_of_two
+from mxdist.quant.kernels.packed import Source
+from mxdist.quant.kernels.quant_halves import quantise_halves
+from mxdist.quant.recipe import Operand
+
+BLOCK = 32
+_TO_VALUE = tl.constexpr(2.0**14)
+"""A nibble in float16's bits is 2^-14 of its value."""
+# The four bytes of a word: low nibbles to $0 and $1, high ones to $2 and $3. Sign and magnitude of a nibble go to where
+# float16's upper byte has them.
+_UNPACK = tl.constexpr(
+    """{
+    .reg .b32 low, high, moved;
+    shl.b32 low, $4, 4;
+    and.b32 low, low, 0x80808080;
+    shl.b32 moved, $4, 1;
+    lop3.b32 low, moved, 0x0E0E0E0E, low, 0xEA;
+    and.b32 high, $4, 0x80808080;
+    shr.b32 moved, $4, 3;
+    lop3.b32 high, moved, 0x0E0E0E0E, high, 0xEA;
+    prmt.b32 $0, low, 0, 0x1404;
+    prmt.b32 $1, low, 0, 0x3424;
+    prmt.b32 $2, high, 0, 0x1404;
+    prmt.b32 $3, high, 0, 0x3424;
+    }"""
+)
+
+
+@triton.jit
+def _half(nibble):
+    """float16 with a nibble's sign and magnitude in its upper bits, for the interpreter."""
+    return (((nibble & 8) << 12) | ((nibble & 7) << 9)).to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _elements(byte, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
+    """2^-14 of the values of bytes [WIDTH, 16 BLOCKS]: float16 [BLOCKS, WIDTH, 32], of eight 0, 2, 4, 6, 1, 3, 5, 7.
+
+    In that order no value moves between a thread's registers, or between threads: a word is a lane's share.
+    """
+    if INTERPRETED:
+        low, high = _half(byte.to(tl.int32) & 15), _half(byte.to(tl.int32) >> 4)
+    else:
+        low, high = tl.inline_asm_elementwise(
+            _UNPACK, "=r,=r,=r,=r,r", [byte], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    words = tl.reshape(tl.join(low, high), [WIDTH, BLOCKS, 4, 4, 2])
+    return tl.reshape(tl.permute(words, [1, 0, 2, 4, 3]), [BLOCKS, WIDTH, 32])
+
+
+@triton.jit
+def _block_scales(code, byte, METHOD: tl.constexpr):
+    """Block scales float32 [BLOCKS, WIDTH] of E8M0 codes and macro bytes [WIDTH, BLOCKS]."""
+    scale = power_of_two(code.to(tl.int32))
+    if METHOD == 3:  # as terms.factors, with a division that may be off in the last bit
+        scale = scale * (1.0 + byte.to(tl.float32) * 0.25)
+    elif METHOD != 0:
+        scale = scale / (1.0 + byte.to(tl.float32) * 0.00390625)
+    return tl.permute(scale, [1, 0])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _kernel(
+    x, x_stride, units, table, codes, scales, macro, residual_codes, residual_scales, alpha, bias, out, partial,
+    finished, rows, outputs, scale_width, macro_width,
+    LENGTH: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    EVEN: tl.constexpr, METHOD: tl.constexpr, MACRO: tl.constexpr, FALLBACK: tl.constexpr,
+):  # fmt: skip
+    BLOCKS: tl.constexpr = DEPTH // 32
+    tile, part = tl.program_id(1), tl.program_id(2)
+    expert, start, stop = 0, tile * BM, rows
+    if table is not None:
+        expert, start, stop = tl.load(table + 3 * tile), tl.load(table + 3 * tile + 1), tl.load(table + 3 * tile + 2)
+        if start >= stop:
+            return
+    first_output = tl.program_id(0) * WIDTH
+    column, r = first_output + tl.arange(0, WIDTH), start + tl.arange(0, BM)
+    weight_row = (expert * outputs + column % outputs).to(tl.int64)[:, None]  # beyond the end, any will do
+    inside, left = (r < stop)[:, None], x + r.to(tl.int64)[:, None] * x_stride
+    c, b = tl.arange(0, DEPTH), part * (LENGTH // 32) + tl.arange(0, BLOCKS)
+    here = scales + weight_row * scale_width + b[None, :]
+    factor = here
+    if METHOD != 0:
+        factor = macro + weight_row * macro_width
+    second = here
+    if FALLBACK:
+        second = residual_scales + weight_row * scale_width + b[None, :]
+    there = (b < scale_width)[None, :]
+    # Scales are read a step ahead: they do not go through the pipeline of the product's operands.
+    code = tl.load(here, mask=there, other=0)
+    byte = tl.load(factor + (b * 32 // MACRO)[None, :], mask=there, other=0) if METHOD != 0 else code
+    code_2 = tl.load(second, mask=there, other=0) if FALLBACK else code
+    total = tl.zeros((BLOCKS, WIDTH, BM), tl.float32)
+    for step in range(0, LENGTH, DEPTH):
+        first = part * LENGTH + step
+        ahead = (step // 32 + BLOCKS) + b
+        if EVEN:
+            there = (step + DEPTH < LENGTH) & (b >= 0)[None, :]
+        else:
+            there = (ahead < scale_width)[None, :] & (step + DEPTH < LENGTH)
+        next_code = tl.load(here + step // 32 + BLOCKS, mask=there, other=0)
+        next_byte = tl.load(factor + (ahead * 32 // MACRO)[None, :], mask=there, other=0) if METHOD != 0 else next_code
+        next_code_2 = tl.load(second + step // 32 + BLOCKS, mask=there, other=0) if FALLBACK else next_code
+        held = tl.load(left + first + c[None, :], mask=inside, other=0.0)
+        right = tl.permute(tl.reshape(held, [BM, BLOCKS, 32]), [1, 2, 0])
+        w = _elements(codes.load([expert * outputs + first_output, first // 2]), WIDTH, BLOCKS)
+        total += tl.dot(w, right) * _block_scales(code, byte, METHOD)[:, :, None]
+        if FALLBACK:
+            w = _elements(residual_codes.load([expert * outputs + first_output, first // 2]), WIDTH, BLOCKS)
+            total += tl.dot(w, right) * (_block_scales(code_2, byte, METHOD) * alpha)[:, :, None]
+        code, byte, code_2 = next_code, next_byte, next_code_2
+    y = tl.sum(total, 0)
+    to = r.to(tl.int64)[None, :] * outputs + column[:, None]
+    inside = (r < stop)[None, :] & (column < outputs)[:, None]
+    unit = tl.load(units + r, mask=r < stop, other=1.0)[None, :] * _TO_VALUE
+    if SPLIT > 1:
+        size = rows.to(tl.int64) * outputs
+        tl.store(partial + part * size + to, y, mask=inside)
+        tl.debug_barrier()  # all of this program's sums are stored before it says so
+        mine = finished + tile * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(mine, 1, sem="acq_rel") < SPLIT - 1:
+            return
+        tl.store(mine, 0)
+        y = tl.load(partial + to, mask=inside, other=0.0, cache_modifier=".cg")
+        for other in tl.static_range(1, SPLIT):
+            y += tl.load(partial + other * size + to, mask=inside, other=0.0, cache_modifier=".cg")
+    y = y * unit
+    if bias is not None:
+        y += tl.load(bias + column, mask=column < outputs, other=0.0).to(tl.float32)[:, None]
+    tl.store(out + to, y.to(out.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a product is cut.
+
+    width   outputs of a program
+    depth   elements along K of a step, for all warps together: 32 a warp, or a multiple
+    warps, stages  of a program, and of its pipeline
+    split   programs along K
+    """
+
+    width: int
+    depth: int
+    warps: int
+    stages: int
+    split: int
+
+
+def shape_of(height: int, outputs: int, k: int, tiles: int, multiprocessors: int) -> Shape:
+    """The shape for tiles of `height` rows: enough programs for every multiprocessor to hold two."""
+    width = 64 if height <= 16 else 32
+    programs = triton.cdiv(outputs, width) * tiles
+    split = max(1, min(2 * multiprocessors // programs, triton.cdiv(k, 512)))  # programs are few where this is above 1
+    return Shape(width, depth=256, warps=8, stages=4 if height <= 32 else 3, split=split)
+
+
+def multiply_halves(
+    x: Tensor, source: Source, outputs: int, height: int, table: Tensor | None, bias: Tensor | None,
+    operand: Operand | None, shape: Shape,
+) -> Tensor:  # fmt: skip
+    """Return [rows, outputs] of x's dtype, rounded once, for x [rows, K], quantised first unless operand is None.
+
+    source  a weight in blocks of 32; its rows are those of the table's experts, `outputs` each, or `outputs` in all
+    table   of `Groups`, for tiles of `height` rows; None: tiles follow one another
+    """
+    rows, device, blocks = len(x), x.device, source.widths[1]
+    length, split = cut(shape, blocks)
+    values, units = quantise_halves(x, operand, length * split)
+    columns, tiles = triton.cdiv(outputs, shape.width), triton.cdiv(rows, height) if table is None else len(table)
+    # The interpreter casts to bfloat16 by cutting bits off.
+    out = torch.empty(rows, outputs, dtype=torch.float32 if INTERPRETED.value else x.dtype, device=device)
+    partial = torch.empty(split, rows, outputs, dtype=torch.float32, device=device) if split > 1 else None
+    codes, scales, macro, residual_codes, residual_scales = source.pointers
+    box = [shape.width, shape.depth // 2]
+    constants = {key: value for key, value in source.constants.items() if key != "BLOCK"}
+    _kernel[(columns, tiles, split)](
+        values, values.stride(0), units, table, _described(codes, box), scales, macro, _described(residual_codes, box),
+        residual_scales, source.alpha, bias, out, partial, _finished(device) if split > 1 else None, rows, outputs,
+        *source.widths[1:],
+        LENGTH=length, SPLIT=split, BM=height, WIDTH=shape.width, DEPTH=shape.depth,
+        EVEN=blocks * BLOCK == length * split, **constants, num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip
+    return out.to(x.dtype)
+
+
+def cut(shape: Shape, blocks: int) -> tuple[int, int]:
+    """Elements of a part of the contraction over `blocks` blocks, and the number of parts."""
+    steps = triton.cdiv(blocks * BLOCK, shape.depth)
+    length = triton.cdiv(steps, shape.split)
+    return length * shape.depth, triton.cdiv(steps, length)
+
+
+def _described(codes: Tensor | None, box: list[int]) -> TensorDescriptor | None:
+    return None if codes is None else TensorDescriptor.from_tensor(codes, box)
+
+
+_TILES = 1 << 14
+_counts: dict[torch.device, Tensor] = {}
+
+
+def _finished(device: torch.device) -> Tensor:
+    """Programs that have finished, for every output tile; zero between products, which the last of a tile sees to.
+
+    One per device: products that split their contraction must not run on two streams at once.
+    """
+    counts = _counts.get(device)
+    if counts is None:
+        counts = torch.zeros(_TILES, dtype=torch.int32, device=device)
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # a graph would keep them its own
+            _counts[device] = counts
+    return counts
