@@ -87,7 +87,10 @@ def linear(x: Tensor, weight: LiveWeight, recipe: Recipe, bias: Tensor | None, n
     else:
         from mxdist.quant.kernels import decode
 
-        y = decode.multiply(quantised(rows, recipe.x_fwd, name), weight.packed(), bias)
+        if recipe.x_fwd is not None and decode.quantises(recipe.x_fwd):
+            y = decode.multiply(rows, weight.packed(), bias, recipe.x_fwd)
+        else:
+            y = decode.multiply(quantised(rows, recipe.x_fwd, name), weight.packed(), bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

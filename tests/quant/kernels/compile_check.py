@@ -42,7 +42,8 @@ from mxdist.quant.kernels import (
 CEIL = 0x3FFFFF
 POINTERS = {
     "x_pointer": "*bf16", "w": "*bf16", "flag": "*i32", "reference": "*i32", "data": "*fp8e4nv", "data_t": "*fp8e4nv",
-    "scale": "*fp32", "scale_t": "*fp32", "x": "*bf16", "map": "*fp32", "table": "*i32", "counts": "*i64", "units": "*fp32", "bias": "*bf16",
+    "scale": "*fp32", "scale_t": "*fp32", "x": "*bf16", "map": "*fp32", "table": "*i32",
+    "counts": "*i64", "units": "*fp32", "bias": "*bf16",
     "partial": "*fp32", "finished": "*i32",
     "listed": "*i32", "slots": "*i32", "values": "*bf16", "codes": "*u8", "scales": "*u8", "macro": "*u8",
     "residual_codes": "*u8", "residual_scales": "*u8", "a": "*u8", "b": "*u8", "a_factor": "*fp32", "b_factor": "*fp32",
