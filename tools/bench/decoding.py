@@ -53,12 +53,10 @@ def _linear(ceilings: Ceilings, label: str, x: Tensor, w: Tensor) -> Iterator[Ro
     yield _row(ceilings, f"{label}, bf16", bf16, w.nbytes, bf16, None)
     for name in RECIPES:
         recipe = get_recipe(name)
-        x_q, packed, copies = _operands(recipe, x, w)
-        elapsed = _each(partial(decode.multiply, x_q), copies)
-        wanted = x_q.double() @ packed.dequantise(torch.bfloat16).double().t()
-        correct = is_rounding_only(decode.multiply(x_q, packed), wanted)
-        yield _row(ceilings, f"{label}, {name}", elapsed, packed.nbytes, bf16, correct)
-        elapsed = _each(partial(_whole, recipe, x), copies)
+        packed, copies = _operands(recipe, w)
+        elapsed = _each(partial(_multiply, recipe, x), copies)
+        wanted = _quantised(recipe, x).double() @ packed.dequantise().double().t()
+        correct = is_rounding_only(_multiply(recipe, x, packed), wanted)
         yield _row(ceilings, f"{label}, {name} with quantising x", elapsed, packed.nbytes, bf16, correct)
 
 
@@ -74,23 +72,21 @@ def _experts(ceilings: Ceilings, label: str, batch: int, outputs: int, inputs: i
     bf16 = _each(lambda weight: torch._grouped_mm(x, weight, offs=offsets), plain)
     del plain
     yield _row(ceilings, f"{label}, bf16 grouped", bf16, w.nbytes * used, bf16, None)
-    groups = decode.Groups.of(sizes.tolist(), x.device)
+    groups = decode.Groups.from_counts(sizes.to(x.device), len(x))
     for name in RECIPES:
-        x_q, packed, copies = _operands(get_recipe(name), x, w, used)
-        elapsed = _each(partial(_multiply_experts, x_q, groups), copies)
-        values = packed.dequantise(torch.bfloat16).view(EXPERTS, outputs, inputs)
-        wanted = torch.cat(
-            [part.double() @ values[e].double().t() for e, part in enumerate(x_q.split(sizes.tolist())) if len(part)]
-        )
-        correct = is_rounding_only(decode.multiply_experts(x_q, packed, groups), wanted)
-        yield _row(ceilings, f"{label}, {name}", elapsed, packed.nbytes * used, bf16, correct)
+        recipe = get_recipe(name)
+        packed, copies = _operands(recipe, w, used)
+        elapsed = _each(partial(_multiply_experts, recipe, x, groups), copies)
+        values = packed.dequantise().view(EXPERTS, outputs, inputs)
+        parts = _quantised(recipe, x).split(sizes.tolist())
+        wanted = torch.cat([part.double() @ values[e].double().t() for e, part in enumerate(parts) if len(part)])
+        correct = is_rounding_only(_multiply_experts(recipe, x, groups, packed), wanted)
+        yield _row(ceilings, f"{label}, {name} with quantising x", elapsed, packed.nbytes * used, bf16, correct)
 
 
-def _operands(recipe: Recipe, x: Tensor, w: Tensor, used: float = 1.0) -> tuple[Tensor, MXTensor, list[MXTensor]]:
-    """x quantised, W packed, and copies of W, of which a share is read at a time."""
-    assert recipe.x_fwd is not None
+def _operands(recipe: Recipe, w: Tensor, used: float = 1.0) -> tuple[MXTensor, list[MXTensor]]:
+    """W packed, and copies of it, of which a share is read at a time."""
     assert recipe.w is not None
-    x_q = quant_terms.fake_quantise(x, recipe.x_fwd, nonfinite="propagate", dtype=x.dtype)
     packed = quant_terms.quantise(w, recipe.w, nonfinite="propagate")
     if not torch.equal(expand(packed, w.dtype), packed.dequantise(w.dtype)):
         raise RuntimeError(f"packed weights of {recipe.name} are read wrongly on this GPU")
@@ -99,17 +95,20 @@ def _operands(recipe: Recipe, x: Tensor, w: Tensor, used: float = 1.0) -> tuple[
         MXTensor.from_parts({key: part.clone() for key, part in parts.items()}, packed.shape, packed.operand)
         for _ in range(_copies(packed.nbytes * used))
     ]
-    return x_q, packed, copies
+    return packed, copies
 
 
-def _whole(recipe: Recipe, x: Tensor, weight: MXTensor) -> Tensor:
+def _quantised(recipe: Recipe, x: Tensor) -> Tensor:
     assert recipe.x_fwd is not None
-    x_q = quant_terms.fake_quantise(x, recipe.x_fwd, nonfinite="propagate", dtype=x.dtype)
-    return decode.multiply(x_q, weight)
+    return quant_terms.fake_quantise(x, recipe.x_fwd, nonfinite="propagate")
 
 
-def _multiply_experts(x: Tensor, groups: decode.Groups, weight: MXTensor) -> Tensor:
-    return decode.multiply_experts(x, weight, groups)
+def _multiply(recipe: Recipe, x: Tensor, weight: MXTensor) -> Tensor:
+    return decode.multiply(x, weight, operand=recipe.x_fwd)
+
+
+def _multiply_experts(recipe: Recipe, x: Tensor, groups: decode.Groups, weight: MXTensor) -> Tensor:
+    return decode.multiply_experts(x, weight, groups, recipe.x_fwd)
 
 
 def _copies(size: float) -> int:

@@ -1,0 +1,173 @@
+"""Time the ways to cut products of few rows, to choose `decode_halves.shape_of`: python -m tools.bench.decode_shapes
+
+Prints a line per linear of Qwen2.5-3B, batch and cut, then the fastest; microseconds include quantising x. Cuts are
+compiled by several processes first; all of it takes about a minute. Needs a Hopper GPU and Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from statistics import median
+
+import torch
+import triton
+from torch import Tensor
+
+from mxdist.quant.kernels import quant_terms
+from mxdist.quant.kernels.decode_halves import Shape, multiply_halves, shape_of
+from mxdist.quant.kernels.groups import tile_height
+from mxdist.quant.kernels.packed import Source
+from mxdist.quant.kernels.quant_halves import quantise_halves
+from mxdist.quant.recipe import Operand, get_recipe
+from mxdist.quant.tensor import MXTensor, part_shapes
+from tools.bench.shapes import LINEARS
+from tools.bench.timing import is_rounding_only
+
+BATCHES = (1, 8, 32)
+# Width, depth, warps, stages.
+FORMS = {
+    8: ((64, 256, 8, 4), (64, 128, 4, 4), (64, 128, 4, 6), (32, 256, 8, 4), (32, 128, 4, 6), (128, 128, 4, 4),
+        (64, 512, 8, 3), (32, 512, 8, 4), (128, 256, 8, 3)),
+    32: ((32, 256, 8, 4), (32, 128, 4, 4), (64, 128, 4, 3), (64, 256, 8, 3), (32, 256, 4, 3), (64, 256, 4, 3)),
+}  # fmt: skip
+PROGRAMS = (1.0, 2.0, 4.0)
+"""Programs for a multiprocessor that splitting aims at."""
+MULTIPROCESSORS = 132
+_COPIES_BYTES = 120_000_000
+_CALLS = 50
+
+Case = tuple[int, int, int, str, Shape]
+"""Outputs, inputs, batch, recipe, cut."""
+
+
+def shapes(outputs: int, inputs: int, batch: int) -> list[Shape]:
+    """Cuts worth trying, without doubles, the present choice first."""
+    height = tile_height(batch)
+    found = [shape_of(height, outputs, inputs, 1, MULTIPROCESSORS)]
+    for width, depth, warps, stages in FORMS[8 if height <= 16 else 32]:
+        columns = triton.cdiv(outputs, width)
+        for programs in PROGRAMS:
+            split = max(1, min(round(programs * MULTIPROCESSORS / columns), inputs // depth))
+            found.append(Shape(width, depth, warps, stages, split))
+    return list(dict.fromkeys(found))
+
+
+def cases(recipe: str) -> Iterator[Case]:
+    """All that is timed."""
+    for _, outputs, inputs in LINEARS["Qwen2.5-3B"]:
+        for batch in BATCHES:
+            for shape in shapes(outputs, inputs, batch):
+                yield outputs, inputs, batch, recipe, shape
+
+
+def compile_case(case: Case) -> str | None:
+    """Run a case once on zeros, for what it leaves in Triton's cache; the reason when it cannot run."""
+    outputs, inputs, batch, recipe, shape = case
+    operand = get_recipe(recipe).w
+    assert operand is not None
+    parts = {
+        key: torch.zeros(size, dtype=torch.uint8, device="cuda")
+        for key, size in part_shapes((outputs, inputs), operand).items()
+    }
+    x = torch.zeros(batch, inputs, dtype=torch.bfloat16, device="cuda")
+    try:
+        _multiply(x, MXTensor.from_parts(parts, (outputs, inputs), operand), recipe, shape)
+        torch.cuda.synchronize()
+    except (RuntimeError, triton.runtime.errors.OutOfResources) as error:
+        return str(error)
+    return None
+
+
+def _multiply(x: Tensor, weight: MXTensor, recipe: str, shape: Shape) -> Tensor:
+    operand = get_recipe(recipe).x_fwd
+    return multiply_halves(x, Source.of(weight), weight.shape[0], tile_height(len(x)), None, None, operand, shape)
+
+
+def _multiply_each(x: Tensor, weights: list[MXTensor], recipe: str, shape: Shape) -> None:
+    for weight in weights:
+        _multiply(x, weight, recipe, shape)
+
+
+def _quantise(x: Tensor, operand: Operand) -> None:
+    for _ in range(_CALLS):
+        quantise_halves(x, operand, x.shape[1])
+
+
+def microseconds(work: Callable[[], object], calls: int) -> float:
+    """Median time of one of the `calls` calls that `work` makes, replayed as a CUDA graph."""
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    times = []
+    for _ in range(9):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1000 / calls)
+    return median(times)
+
+
+def measure(recipe: str) -> None:
+    """Print every cut's time and the fastest of each linear and batch."""
+    operands, totals, fastest = get_recipe(recipe), dict.fromkeys(BATCHES, 0.0), []
+    assert operands.w is not None
+    assert operands.x_fwd is not None
+    for name, outputs, inputs in LINEARS["Qwen2.5-3B"]:
+        w = torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16) * 0.02
+        packed = quant_terms.quantise(w, operands.w, nonfinite="propagate")
+        copies = [
+            MXTensor.from_parts({key: part.clone() for key, part in packed.parts().items()}, packed.shape, operands.w)
+            for _ in range(max(2, _COPIES_BYTES // packed.nbytes))
+        ]
+        for batch in BATCHES:
+            x = torch.randn(batch, inputs, device="cuda", dtype=torch.bfloat16)
+            x_q = quant_terms.fake_quantise(x, operands.x_fwd, nonfinite="propagate")
+            wanted = x_q.double() @ packed.dequantise().double().t()
+            quantising = microseconds(partial(_quantise, x, operands.x_fwd), _CALLS)
+            print(f"{name} batch {batch}: quantising x alone {quantising:.2f} us")
+            times = {}
+            for shape in shapes(outputs, inputs, batch):
+                if (outputs, inputs, max(batch, BATCHES[1]), recipe, shape) in REFUSED:
+                    continue
+                right = is_rounding_only(_multiply(x, packed, recipe, shape), wanted)
+                times[shape] = microseconds(partial(_multiply_each, x, copies, recipe, shape), len(copies))
+                cut = f"{shape.width:3} {shape.depth:3} {shape.warps:2} {shape.stages} {shape.split:2}"
+                print(f"{name} {batch:2} {cut} {times[shape]:6.2f} {'' if right else 'WRONG'}", flush=True)
+            best = min(times, key=lambda shape: times[shape])
+            totals[batch] += times[best]
+            fastest.append(
+                f"{name} {batch:2} best {best} {times[best]:.2f} us, now {next(iter(times.values())):.2f} us"
+            )
+    print("\n".join(fastest))
+    print(f"{recipe}, a layer's best together:", {batch: round(total, 1) for batch, total in totals.items()}, "us")
+
+
+REFUSED: dict[Case, str] = {}
+"""Cases that cannot run, and why."""
+
+
+def main() -> None:
+    """Compile, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="mxfp4")
+    arguments = parser.parse_args()
+    every = [case for case in cases(arguments.recipe) if case[2] > 1]  # one row and eight run the same code
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(1, min(14, (os.cpu_count() or 2) - 1)), context) as pool:
+        for case, reason in zip(every, pool.map(compile_case, every, chunksize=4), strict=True):
+            if reason is not None:
+                REFUSED[case] = reason
+                print("cannot run:", case, reason[:200])
+    measure(arguments.recipe)
+
+
+if __name__ == "__main__":
+    main()
