@@ -304,6 +304,11 @@ class RolloutConfig(Section):
         description="On a GPU, record decoding steps when an engine starts, and replay them. False saves seconds of "
         "the start and some GPU memory; every step then waits for its kernels to be launched one by one.",
     )
+    sleep: bool = Field(
+        False,
+        description="Where learner and engine share a GPU: between rollouts the engine frees its KV cache and keeps "
+        "its weights in the host's memory.",
+    )
     cpus_per_worker: PositiveFloat = 0.5
     gpus_per_worker: float = Field(0.0, ge=0)
 
@@ -438,6 +443,7 @@ class Config(Section):
                 f"bf16_layers.first={self.bf16_layers.first} and bf16_layers.last={self.bf16_layers.last} are more "
                 f"than model.num_hidden_layers={self.model.num_hidden_layers}; lower them, or set recipe=bf16"
             )
+        self._check_sleep()
         if self.context > self.model.max_position_embeddings:
             raise ValueError(
                 f"rollout.max_context={self.context} is beyond model.max_position_embeddings="
@@ -449,3 +455,18 @@ class Config(Section):
                 f"{self.context_key}={self.context}; lower the first"
             )
         return self
+
+    def _check_sleep(self) -> None:
+        if not self.rollout.sleep:
+            return
+        if not (0 < self.rollout.gpus_per_worker < 1 and 0 < self.learner.gpus_per_rank < 1):
+            raise ValueError(
+                f"rollout.sleep=true frees a GPU that learner and engine share, and learner.gpus_per_rank="
+                f"{self.learner.gpus_per_rank:g} with rollout.gpus_per_worker={self.rollout.gpus_per_worker:g} share "
+                f"none; set both between 0 and 1, or rollout.sleep=false"
+            )
+        if self.rollout.max_lag:
+            raise ValueError(
+                f"rollout.sleep=true does not go with rollout.max_lag={self.rollout.max_lag}, where engines sample "
+                f"while the learner updates; set one of them to its default"
+            )

@@ -13,32 +13,34 @@ LOWER = {
     "mxdist.rollout.worker": "lower rollout.kv_cache_mib or rollout.max_sequences",
 }
 """By the module of the worker's class, where no pool is known."""
+FULL = re.compile(r"CUDA (error: )?out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+"""Of torch's allocator, of CUDA itself and of its libraries."""
 
 
 @contextmanager
 def explained(worker: object, method: str) -> Iterator[None]:
-    """Turn torch's out-of-memory error inside the block into one sentence. The controller adds the process's name.
+    """Turn an error of a full GPU inside the block into one sentence. The controller adds the process's name.
 
     Raises:
-        OutOfMemory: instead of ``torch.OutOfMemoryError``.
+        OutOfMemory: instead of a RuntimeError that says so.
     """
     try:
         yield
     except RuntimeError as error:
-        torch = sys.modules.get("torch")
-        # vLLM raises another error from some of them.
-        found = error.__cause__ or error
-        if torch is None or not isinstance(found, torch.OutOfMemoryError):
+        said = f"{error}\n{error.__cause__ or ''}"  # vLLM raises another error from some of them
+        if not FULL.search(said):
             raise
         pool, advice = pool_of(error) or ("", LOWER.get(type(worker).__module__, "lower what this process holds"))
-        asked = re.search(r"allocate ([\d.]+ \wi?B)", str(found))
+        asked = re.search(r"allocate ([\d.]+ \wi?B)", said)
         wanted = (f" for {pool}" if pool else "") + (f" ({asked[1]} more)" if asked else "")
-        raise OutOfMemory(f"ran out of GPU memory in {method}{wanted}{_held(torch)}; {advice}") from error
+        raise OutOfMemory(f"ran out of GPU memory in {method}{wanted}{_held()}; {advice}") from error
 
 
-def _held(torch: object) -> str:
+def _held() -> str:
     """How full the GPU is, and by whom; empty without one."""
-    cuda = torch.cuda  # type: ignore[attr-defined]
+    if "torch" not in sys.modules:
+        return ""
+    cuda = sys.modules["torch"].cuda
     if not cuda.is_available():
         return ""
     free, total = cuda.mem_get_info()

@@ -178,7 +178,10 @@ class LearnerWorker:
 
     def export(self, version: int) -> WeightPayload:
         """The tensors that this rank owns, quantised ones as the packed parts of what the forward pass uses."""
-        return self._backend.export(self.recipes, version)
+        payload = self._backend.export(self.recipes, version)
+        if self.config.rollout.sleep:
+            torch.cuda.empty_cache()  # the engine on this GPU is about to wake up
+        return payload
 
     def save(self, directory: Path) -> None:
         """Begin to write model, optimizer and random state into the existing, empty ``directory``.

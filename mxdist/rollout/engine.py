@@ -60,7 +60,10 @@ class Engine:
             enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",  # of the tempered distribution, the one that is sampled from
             disable_log_stats=True,
+            enable_sleep_mode=config.rollout.sleep,
         )
+        self._sleeps = config.rollout.sleep
+        self._asleep: set[str] = set()
 
     @property
     def model(self) -> nn.Module:
@@ -80,6 +83,19 @@ class Engine:
         """Drop cached keys and values: they were computed with other weights."""
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: requests are still running")
+
+    def sleep(self) -> None:
+        """Where rollout.sleep says so, free the KV cache and move the weights to the host's memory."""
+        if self._sleeps and not self._asleep:
+            self._llm.sleep(level=1)
+            self._asleep = {"weights", "kv_cache"}
+
+    def wake(self, *tags: str) -> None:
+        """Bring back "weights", as they were, or "kv_cache", empty; at the same addresses, so that graphs hold."""
+        asleep = self._asleep & set(tags)
+        if asleep:
+            self._llm.wake_up(sorted(asleep))
+            self._asleep -= asleep
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()

@@ -82,12 +82,14 @@ class RolloutWorker:
             if isinstance(slot.owner, slots.RMSNorm)
         ]
         self._injector = NoiseInjector(select_norms(norms, routed), routed)
-        return EngineReport(
+        report = EngineReport(
             quantised_modules=tuple(sorted(slot.module for slot in self._slots.values() if slot.kind == "mx")),
             noise_modules=self._injector.names,
             bytes_per_quantised_weight=slots.bytes_per_element(self._slots),
             resident_mib=psutil.Process().memory_info().rss / 2**20,
         )
+        self._engine.sleep()  # a learner may have to warm up first
+        return report
 
     def load_weights(self, payloads: list[WeightPayload]) -> dict[str, dict[str, int]]:
         """Replace all weights in place with those of all learner ranks, all or nothing.
@@ -100,6 +102,7 @@ class RolloutWorker:
         """
         from mxdist.rollout import slots
 
+        self._engine.wake("weights")
         entries = slots.checked(self._slots, payloads, self._recipes)
         self._version = -1  # a copy that fails half-way leaves weights that nothing may be sampled with
         slots.write(self._slots, entries)
@@ -130,6 +133,7 @@ class RolloutWorker:
             for index in range(sampling.samples_per_prompt)
         ]
         tokens = [prompt.tokens for prompt in request.prompts for _ in range(sampling.samples_per_prompt)]
+        self._engine.wake("weights", "kv_cache")
         with self._injector.perturbed(noise) as applied:
             if applied.norms:
                 self._engine.forget_prefixes()
@@ -138,6 +142,7 @@ class RolloutWorker:
             finally:
                 if applied.norms:
                     self._engine.forget_prefixes()
+        self._engine.sleep()
         samples = [_sample(output) for output in outputs]
         size = sampling.samples_per_prompt
         groups = tuple(

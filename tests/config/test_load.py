@@ -227,3 +227,15 @@ def test_a_mistake_is_found_within_two_seconds_and_without_ray_or_torch(file: Pa
 
 def test_the_recipes_that_can_be_chosen_are_the_presets_of_the_quantiser() -> None:
     assert get_args(RecipeName) == tuple(PRESETS)
+
+
+def test_an_engine_sleeps_only_where_it_shares_a_gpu_with_a_learner_that_waits(file: Path) -> None:
+    shared = (
+        "rollout.gpus_per_worker=0.5",
+        "learner.gpus_per_rank=0.5",
+        "learner.ranks=1",
+        "learner.expert_parallel=1",
+    )
+    assert load_config(file, ["rollout.sleep=true", *shared]).rollout.sleep
+    assert "share none; set both between 0 and 1, or rollout.sleep=false" in refusal(file, "rollout.sleep=true")
+    assert "does not go with rollout.max_lag=1" in refusal(file, "rollout.sleep=true", *shared, "rollout.max_lag=1")

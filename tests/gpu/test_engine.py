@@ -26,6 +26,7 @@ SEQUENCES = 96
 """Decoded together: from 1 to the decode kernel's 64 rows, and beyond."""
 PROMPTS = tuple(Prompt(f"train-{i}", (1, *[8 + (5 * i + j * j) % 80 for j in range(3 + i % 7)]), "") for i in range(16))
 CLEAN = Noise(0.0, 0)
+SLEEPS = {"sleep": True, "gpus_per_worker": 0.5}
 
 
 @pytest.fixture(scope="module", params=["dense-mxfp4_mbs", "dense-bf16", "moe-mxfp4", "moe-bf16"])
@@ -48,8 +49,8 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     config = Config(
         model=model,
         recipe=recipe,
-        learner={"expert_parallel": 2 if experts else 1},
-        rollout={"max_sequences": SEQUENCES, "max_new_tokens": TOKENS},
+        learner={"ranks": 1, "expert_parallel": 1, "gpus_per_rank": 0.5},
+        rollout={"max_sequences": SEQUENCES, "max_new_tokens": TOKENS} | (SLEEPS if recipe == "mxfp4" else {}),
     )
     process = EngineProcess(config, ModelShape(model, VOCABULARY, 1, STOPS, 0), tmp_path_factory.mktemp("engine"))
     yield process
@@ -98,6 +99,17 @@ def test_graphs_read_the_noise_of_the_norms(engine: EngineProcess) -> None:
     assert tokens_of(clean) != tokens_of(replayed)
 
 
+@pytest.mark.parametrize("engine", ["moe-mxfp4"], indirect=True)
+def test_an_engine_that_sleeps_frees_memory_and_wakes_with_the_weights_it_had(engine: EngineProcess) -> None:
+    sync(engine, 1)
+    awake = engine.run(free_memory, "weights", "kv_cache")
+    before = tokens_of(engine.generate(request_of(2)))
+    assert engine.run(free_memory) > awake + (engine.config.rollout.kv_cache_mib << 19), "half of the KV cache at least"
+    assert tokens_of(engine.generate(request_of(2))) == before
+    sync(engine, 2)
+    assert tokens_of(engine.generate(request_of(2))) != before
+
+
 def tokens_of(result: RolloutResult) -> list[list[int]]:
     return [sample.tokens.tolist() for group in result.groups for sample in group.samples]
 
@@ -119,6 +131,12 @@ def assert_alike(one: RolloutResult, other: RolloutResult) -> None:
 
 
 # Executed in the engine's process --------------------------------------------------------------------------------
+
+
+def free_memory(worker: RolloutWorker, *awake: str) -> int:
+    worker._engine.wake(*awake)
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
 
 
 def _of_runner(worker: RolloutWorker, read: Callable[[Any], Any]) -> Any:

@@ -15,6 +15,9 @@ from mxdist.rollout.worker import RolloutWorker
 FULL = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.81 GiB"
 
 
+MAPPING = "CUDA Error: out of memory at cumem_allocator.cpp:62"
+
+
 def raising(function: str) -> Callable[[], None]:
     """A function of that name for which there is no memory."""
     found: dict[str, Callable[[], None]] = {}
@@ -52,7 +55,13 @@ def test_an_error_that_vllm_raises_from_a_full_gpu_is_one_as_well() -> None:
         _warm_up()
 
 
-@pytest.mark.parametrize("function", [name for name in POOLS if name not in ("load_weights", "generate")])
+def test_memory_that_vllm_asks_cuda_itself_for_counts_as_well() -> None:
+    worker = RolloutWorker.__new__(RolloutWorker)
+    with pytest.raises(OutOfMemory, match=r"GPU memory in load_weights; lower"), explained(worker, "load_weights"):
+        raise RuntimeError(MAPPING)
+
+
+@pytest.mark.parametrize("function", [name for name in POOLS if name not in ("load_weights", "generate", "wake_up")])
 def test_the_engine_goes_through_each_function_that_names_a_pool(function: str) -> None:
     """Else a new vLLM, that calls it otherwise, would leave the pool unnamed."""
     found = find_spec("vllm")
