@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from statistics import median
 
@@ -57,14 +58,6 @@ def shapes(outputs: int, inputs: int, batch: int) -> list[Shape]:
     return list(dict.fromkeys(found))
 
 
-def cases(recipe: str) -> Iterator[Case]:
-    """All that is timed."""
-    for _, outputs, inputs in LINEARS["Qwen2.5-3B"]:
-        for batch in BATCHES:
-            for shape in shapes(outputs, inputs, batch):
-                yield outputs, inputs, batch, recipe, shape
-
-
 def compile_case(case: Case) -> str | None:
     """Run a case once on zeros, for what it leaves in Triton's cache; the reason when it cannot run."""
     outputs, inputs, batch, recipe, shape = case
@@ -78,8 +71,8 @@ def compile_case(case: Case) -> str | None:
     try:
         _multiply(x, MXTensor.from_parts(parts, (outputs, inputs), operand), recipe, shape)
         torch.cuda.synchronize()
-    except (RuntimeError, triton.runtime.errors.OutOfResources) as error:
-        return str(error)
+    except Exception as error:
+        return repr(error)  # shared memory that does not suffice, registers, an unsupported launch
     return None
 
 
@@ -115,12 +108,24 @@ def microseconds(work: Callable[[], object], calls: int) -> float:
     return median(times)
 
 
-def measure(recipe: str) -> None:
-    """Print every cut's time and the fastest of each linear and batch."""
-    operands, totals, fastest = get_recipe(recipe), dict.fromkeys(BATCHES, 0.0), []
-    assert operands.w is not None
-    assert operands.x_fwd is not None
-    for name, outputs, inputs in LINEARS["Qwen2.5-3B"]:
+def prepared(pool: Executor, cases: list[Case]) -> list[Case]:
+    """The cases that run, compiled; says of others why not."""
+    # One row and eight run the same code.
+    compiled = list({(*case[:2], max(case[2], BATCHES[1]), *case[3:]): None for case in cases})
+    reasons = dict(zip(compiled, pool.map(compile_case, compiled, chunksize=2), strict=True))
+    for case, reason in reasons.items():
+        if reason is not None:
+            print("cannot run:", case, reason[:200])
+    return [case for case in cases if reasons[(*case[:2], max(case[2], BATCHES[1]), *case[3:])] is None]
+
+
+def measure(cases: list[Case]) -> dict[Case, float]:
+    """Microseconds of every case; prints them."""
+    times: dict[Case, float] = {}
+    for outputs, inputs, recipe in dict.fromkeys((case[0], case[1], case[3]) for case in cases):
+        operands = get_recipe(recipe)
+        assert operands.w is not None
+        assert operands.x_fwd is not None
         w = torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16) * 0.02
         packed = quant_terms.quantise(w, operands.w, nonfinite="propagate")
         copies = [
@@ -131,42 +136,40 @@ def measure(recipe: str) -> None:
             x = torch.randn(batch, inputs, device="cuda", dtype=torch.bfloat16)
             x_q = quant_terms.fake_quantise(x, operands.x_fwd, nonfinite="propagate")
             wanted = x_q.double() @ packed.dequantise().double().t()
-            quantising = microseconds(partial(_quantise, x, operands.x_fwd), _CALLS)
-            print(f"{name} batch {batch}: quantising x alone {quantising:.2f} us")
-            times = {}
-            for shape in shapes(outputs, inputs, batch):
-                if (outputs, inputs, max(batch, BATCHES[1]), recipe, shape) in REFUSED:
-                    continue
-                right = is_rounding_only(_multiply(x, packed, recipe, shape), wanted)
-                times[shape] = microseconds(partial(_multiply_each, x, copies, recipe, shape), len(copies))
-                cut = f"{shape.width:3} {shape.depth:3} {shape.warps:2} {shape.stages} {shape.split:2}"
-                print(f"{name} {batch:2} {cut} {times[shape]:6.2f} {'' if right else 'WRONG'}", flush=True)
-            best = min(times, key=lambda shape: times[shape])
-            totals[batch] += times[best]
-            fastest.append(
-                f"{name} {batch:2} best {best} {times[best]:.2f} us, now {next(iter(times.values())):.2f} us"
-            )
-    print("\n".join(fastest))
-    print(f"{recipe}, a layer's best together:", {batch: round(total, 1) for batch, total in totals.items()}, "us")
-
-
-REFUSED: dict[Case, str] = {}
-"""Cases that cannot run, and why."""
+            alone = microseconds(partial(_quantise, x, operands.x_fwd), _CALLS)
+            print(f"[{outputs}, {inputs}] batch {batch}: quantising x alone {alone:.2f} us")
+            for case in [case for case in cases if case[:4] == (outputs, inputs, batch, recipe)]:
+                cut = case[4]
+                right = is_rounding_only(_multiply(x, packed, recipe, cut), wanted)
+                times[case] = microseconds(partial(_multiply_each, x, copies, recipe, cut), len(copies))
+                numbers = f"{cut.width:3} {cut.depth:3} {cut.warps:2} {cut.stages} {cut.split:2} {cut.ahead}"
+                print(
+                    f"[{outputs}, {inputs}] {batch:2}: {numbers} {times[case]:6.2f} {'' if right else 'WRONG'}",
+                    flush=True,
+                )
+    return times
 
 
 def main() -> None:
-    """Compile, measure, print."""
+    """Time every cut, then the best two of each product started ahead; print the fastest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="mxfp4")
-    arguments = parser.parse_args()
-    every = [case for case in cases(arguments.recipe) if case[2] > 1]  # one row and eight run the same code
+    recipe = parser.parse_args().recipe
+    products = [(*linear[1:], batch, recipe) for linear in LINEARS["Qwen2.5-3B"] for batch in BATCHES]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(1, min(14, (os.cpu_count() or 2) - 1)), context) as pool:
-        for case, reason in zip(every, pool.map(compile_case, every, chunksize=4), strict=True):
-            if reason is not None:
-                REFUSED[case] = reason
-                print("cannot run:", case, reason[:200])
-    measure(arguments.recipe)
+        times = measure(prepared(pool, [(*product, cut) for product in products for cut in shapes(*product[:3])]))
+        ahead = []
+        for product in products:
+            best = sorted((case for case in times if case[:4] == product), key=lambda case: times[case])[:2]
+            ahead += [(*product, replace(case[4], ahead=how)) for case in best for how in (1, 2)]
+        times |= measure(prepared(pool, ahead))
+    totals = dict.fromkeys(BATCHES, 0.0)
+    for product in products:
+        best_case = min((case for case in times if case[:4] == product), key=lambda case: times[case])
+        totals[product[2]] += times[best_case]
+        print(f"best of {product}: {best_case[4]} {times[best_case]:.2f} us")
+    print(f"{recipe}, a layer's best together:", {batch: round(total, 1) for batch, total in totals.items()}, "us")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mxdist.quant.kernels.device import INTERPRETED, power_of_two
@@ -69,25 +70,59 @@ def _elements(byte, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
 
 
 @triton.jit
+def _reciprocal(f):
+    """1 / f for f in [1, 2), perhaps off in the last bit: a division that is not takes eight instructions."""
+    if INTERPRETED:
+        return 1.0 / f
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [f], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _block_scales(code, byte, METHOD: tl.constexpr):
     """Block scales float32 [BLOCKS, WIDTH] of E8M0 codes and macro bytes [WIDTH, BLOCKS]."""
     scale = power_of_two(code.to(tl.int32))
-    if METHOD == 3:  # as terms.factors, with a division that may be off in the last bit
+    if METHOD == 3:  # as terms.factors
         scale = scale * (1.0 + byte.to(tl.float32) * 0.25)
     elif METHOD != 0:
-        scale = scale / (1.0 + byte.to(tl.float32) * 0.00390625)
+        scale = scale * _reciprocal(1.0 + byte.to(tl.float32) * 0.00390625)
     return tl.permute(scale, [1, 0])
+
+
+@triton.jit
+def _prefetch(codes, row, rows, width, first, WIDTH: tl.constexpr, BYTES: tl.constexpr, THREADS: tl.constexpr):
+    """Ask for BYTES bytes from `first` of the rows from `row` to be brought into the L2 cache, a piece a thread."""
+    PIECES: tl.constexpr = THREADS // WIDTH
+    i = tl.arange(0, THREADS)
+    start = codes + tl.minimum(row + i // PIECES, rows - 1).to(tl.int64) * width
+    piece = (start + tl.minimum(first, width - BYTES) + i % PIECES * (BYTES // PIECES)).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+        "=r,l,r",
+        [piece, tl.full([THREADS], BYTES // PIECES, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _kernel(
     x, x_stride, units, table, codes, scales, macro, residual_codes, residual_scales, alpha, bias, out, partial,
-    finished, rows, outputs, scale_width, macro_width,
+    finished, code_bytes, residual_bytes, rows, outputs, code_width, scale_width, macro_width,
     LENGTH: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
-    EVEN: tl.constexpr, METHOD: tl.constexpr, MACRO: tl.constexpr, FALLBACK: tl.constexpr,
+    EVEN: tl.constexpr, METHOD: tl.constexpr, MACRO: tl.constexpr, FALLBACK: tl.constexpr, AHEAD: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = DEPTH // 32
     tile, part = tl.program_id(1), tl.program_id(2)
+    if AHEAD > 0:
+        gdc_launch_dependents()
+        if AHEAD == 2:
+            at, from_byte = tl.program_id(0) * WIDTH, part * (LENGTH // 2)
+            _prefetch(code_bytes, at, outputs, code_width, from_byte, WIDTH, LENGTH // 2, THREADS)
+            if FALLBACK:
+                _prefetch(residual_bytes, at, outputs, code_width, from_byte, WIDTH, LENGTH // 2, THREADS)
+        gdc_wait()  # all that is read or written from here on may be of the kernel ahead
     expert, start, stop = 0, tile * BM, rows
     if table is not None:
         expert, start, stop = tl.load(table + 3 * tile), tl.load(table + 3 * tile + 1), tl.load(table + 3 * tile + 2)
@@ -158,6 +193,7 @@ class Shape:
     depth   elements along K of a step, for all warps together: 32 a warp, or a multiple
     warps, stages  of a program, and of its pipeline
     split   programs along K
+    ahead   1: the kernels start before those ahead of them end, and wait for them; 2: meanwhile weights are asked for
     """
 
     width: int
@@ -165,6 +201,7 @@ class Shape:
     warps: int
     stages: int
     split: int
+    ahead: int = 0
 
 
 def shape_of(height: int, outputs: int, k: int, tiles: int, multiprocessors: int) -> Shape:
@@ -186,7 +223,10 @@ def multiply_halves(
     """
     rows, device, blocks = len(x), x.device, source.widths[1]
     length, split = cut(shape, blocks)
-    values, units = quantise_halves(x, operand, length * split)
+    ahead = 0 if INTERPRETED.value else shape.ahead
+    if ahead == 2 and (table is not None or source.widths[0] < length // 2):
+        ahead = 1
+    values, units = quantise_halves(x, operand, length * split, early=ahead > 0)
     columns, tiles = triton.cdiv(outputs, shape.width), triton.cdiv(rows, height) if table is None else len(table)
     # The interpreter casts to bfloat16 by cutting bits off.
     out = torch.empty(rows, outputs, dtype=torch.float32 if INTERPRETED.value else x.dtype, device=device)
@@ -196,10 +236,11 @@ def multiply_halves(
     constants = {key: value for key, value in source.constants.items() if key != "BLOCK"}
     _kernel[(columns, tiles, split)](
         values, values.stride(0), units, table, _described(codes, box), scales, macro, _described(residual_codes, box),
-        residual_scales, source.alpha, bias, out, partial, _finished(device) if split > 1 else None, rows, outputs,
-        *source.widths[1:],
+        residual_scales, source.alpha, bias, out, partial, _finished(device) if split > 1 else None, codes,
+        residual_codes, rows, outputs, *source.widths,
         LENGTH=length, SPLIT=split, BM=height, WIDTH=shape.width, DEPTH=shape.depth,
-        EVEN=blocks * BLOCK == length * split, **constants, num_warps=shape.warps, num_stages=shape.stages,
+        EVEN=blocks * BLOCK == length * split, AHEAD=ahead, THREADS=32 * shape.warps, **constants,
+        num_warps=shape.warps, num_stages=shape.stages, launch_pdl=ahead > 0,
     )  # fmt: skip
     return out.to(x.dtype)
 

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxdist.quant.kernels import terms
 from mxdist.quant.kernels.device import EXPONENT_MASK, power_of_two
@@ -39,8 +40,11 @@ def _row_code(x, columns, READS: tl.constexpr, READ: tl.constexpr):
 def _kernel(
     x, stride, columns, alpha, values, values_stride, units,
     READS: tl.constexpr, READ: tl.constexpr, WIDTH: tl.constexpr, QUANTISE: tl.constexpr, METHOD: tl.constexpr,
-    BITS: tl.constexpr, CARRY: tl.constexpr, SATURATE: tl.constexpr, FALLBACK: tl.constexpr,
+    BITS: tl.constexpr, CARRY: tl.constexpr, SATURATE: tl.constexpr, FALLBACK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(1)
     source, c = x + row.to(tl.int64) * stride, tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     z = tl.load(source + c, mask=c < columns, other=0.0).to(tl.float32)
@@ -69,11 +73,12 @@ def takes(operand: Operand) -> bool:
     return missing_in_terms(operand) is None and operand.rounding == "nearest" and not flags
 
 
-def quantise_halves(x: Tensor, operand: Operand | None, width: int) -> tuple[Tensor, Tensor]:
+def quantise_halves(x: Tensor, operand: Operand | None, width: int, early: bool = False) -> tuple[Tensor, Tensor]:
     """Return (values float16 [rows, width], units float32 [rows]) of x [rows, K], quantised unless operand is None.
 
     Elements are of their row's unit; every eight stand in the order 0, 2, 4, 6, 1, 3, 5, 7; zeros from K on. NaN and
-    Inf make their block NaN. `takes` says which operands; width is a multiple of 128, at least K.
+    Inf make their block NaN. `takes` says which operands; width is a multiple of 128, at least K. An early kernel
+    starts before the one ahead of it ends, waits for it, and lets the next one do the same.
     """
     rows, k = x.shape
     options = TermOptions.of(operand or Operand())
@@ -83,6 +88,6 @@ def quantise_halves(x: Tensor, operand: Operand | None, width: int) -> tuple[Ten
         x, x.stride(0), k, options.alpha, values, width, units,
         READS=triton.cdiv(k, _READ), READ=_READ, WIDTH=_WIDTH, QUANTISE=operand is not None, METHOD=options.method,
         BITS=options.bits, CARRY=options.carry, SATURATE=options.saturate, FALLBACK=options.fallback,
-        num_warps=_WARPS, enable_fp_fusion=False,
+        EARLY=early, num_warps=_WARPS, enable_fp_fusion=False, launch_pdl=early,
     )  # fmt: skip
     return values, units

@@ -45,6 +45,7 @@ POINTERS = {
     "scale": "*fp32", "scale_t": "*fp32", "x": "*bf16", "map": "*fp32", "table": "*i32",
     "counts": "*i64", "units": "*fp32", "bias": "*bf16",
     "partial": "*fp32", "finished": "*i32",
+    "code_bytes": "*u8", "residual_bytes": "*u8",
     "listed": "*i32", "slots": "*i32", "values": "*bf16", "codes": "*u8", "scales": "*u8", "macro": "*u8",
     "residual_codes": "*u8", "residual_scales": "*u8", "a": "*u8", "b": "*u8", "a_factor": "*fp32", "b_factor": "*fp32",
     "c": "*bf16", "weight": "*bf16", "inverse": "*fp32", "out": "*fp32",
@@ -125,16 +126,25 @@ def packed_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
 def halves_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     """Products of 16-bit rows: of 8 and 32 rows, split and not, of experts, with all that weights may have."""
     absent = ("table", "macro", "residual_codes", "residual_scales", "bias", "partial", "finished")
-    plain = dict.fromkeys(absent) | {"METHOD": 0, "MACRO": 128, "FALLBACK": False, "SPLIT": 1, "EVEN": True, "BM": 8}
-    given = ("table", "macro", "residual_codes", "residual_scales", "bias", "partial", "finished")
+    absent += ("residual_bytes",)
+    plain = dict.fromkeys(absent) | {
+        "AHEAD": 2,
+        "THREADS": 256,
+        "METHOD": 0,
+        "MACRO": 128,
+        "FALLBACK": False,
+        "SPLIT": 1,
+        "EVEN": True,
+        "BM": 8,
+    }
     every = plain | {"METHOD": terms.SEARCHED.value, "FALLBACK": True, "SPLIT": 3, "EVEN": False, "BM": 32}
-    every = {key: value for key, value in every.items() if key not in given}
+    every = {key: value for key, value in every.items() if key not in absent}
     for name, constants in (("plain", plain), ("all", every)):
         shape = _halves_shape(constants)
         cut = {"WIDTH": shape.width, "DEPTH": shape.depth, "LENGTH": 1024}
         yield f"halves, {name}", decode_halves._kernel, constants | cut, shape.warps
     options = {"CARRY": CEIL, "SATURATE": False, "BITS": 8, "WIDTH": quant_halves._WIDTH, "READ": quant_halves._READ}
-    options |= {"READS": 6, "QUANTISE": True, "METHOD": terms.STATIC.value, "FALLBACK": True}
+    options |= {"READS": 6, "QUANTISE": True, "EARLY": True, "METHOD": terms.STATIC.value, "FALLBACK": True}
     yield "rows to halves", quant_halves._kernel, options, quant_halves._WARPS
 
 
