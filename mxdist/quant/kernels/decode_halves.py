@@ -224,8 +224,9 @@ def multiply_halves(
     rows, device, blocks = len(x), x.device, source.widths[1]
     length, split = cut(shape, blocks)
     ahead = 0 if INTERPRETED.value else shape.ahead
-    if ahead == 2 and (table is not None or source.widths[0] < length // 2):
-        ahead = 1
+    threads, row_bytes = 32 * shape.warps, length // 2
+    if ahead == 2 and (table is not None or source.widths[0] < row_bytes or row_bytes * shape.width % (16 * threads)):
+        ahead = 1  # the prefetch cuts rows of dense weights evenly, into sixteens of bytes
     values, units = quantise_halves(x, operand, length * split, early=ahead > 0)
     columns, tiles = triton.cdiv(outputs, shape.width), triton.cdiv(rows, height) if table is None else len(table)
     # The interpreter casts to bfloat16 by cutting bits off.
@@ -239,7 +240,7 @@ def multiply_halves(
         residual_scales, source.alpha, bias, out, partial, _finished(device) if split > 1 else None, codes,
         residual_codes, rows, outputs, *source.widths,
         LENGTH=length, SPLIT=split, BM=height, WIDTH=shape.width, DEPTH=shape.depth,
-        EVEN=blocks * BLOCK == length * split, AHEAD=ahead, THREADS=32 * shape.warps, **constants,
+        EVEN=blocks * BLOCK == length * split, AHEAD=ahead, THREADS=threads, **constants,
         num_warps=shape.warps, num_stages=shape.stages, launch_pdl=ahead > 0,
     )  # fmt: skip
     return out.to(x.dtype)

@@ -17,8 +17,9 @@ from mxdist.quant.kernels.device import EXPONENT_MASK, power_of_two
 from mxdist.quant.kernels.options import TermOptions, missing_in_terms
 from mxdist.quant.recipe import Operand
 
-_WIDTH, _WARPS = 512, 4
-"""Columns of a program, one row high, and its warps."""
+_WIDTHS, _WARPS = (512, 2048), 4
+"""Columns of a program, one row high, for few and for many of them, and its warps."""
+_MANY = 264
 _READ = 2048
 _TOP = tl.constexpr(13)
 """A row's maximum lies at 2^13 or above in its units: quantised it stays below 2^15.6."""
@@ -84,9 +85,10 @@ def quantise_halves(x: Tensor, operand: Operand | None, width: int, early: bool 
     options = TermOptions.of(operand or Operand())
     values = torch.empty(rows, width, dtype=torch.float16, device=x.device)
     units = torch.empty(rows, dtype=torch.float32, device=x.device)
-    _kernel[(triton.cdiv(width, _WIDTH), rows)](
+    columns = _WIDTHS[rows * triton.cdiv(width, _WIDTHS[0]) > _MANY]  # every program looks at all of its row
+    _kernel[(triton.cdiv(width, columns), rows)](
         x, x.stride(0), k, options.alpha, values, width, units,
-        READS=triton.cdiv(k, _READ), READ=_READ, WIDTH=_WIDTH, QUANTISE=operand is not None, METHOD=options.method,
+        READS=triton.cdiv(k, _READ), READ=_READ, WIDTH=columns, QUANTISE=operand is not None, METHOD=options.method,
         BITS=options.bits, CARRY=options.carry, SATURATE=options.saturate, FALLBACK=options.fallback,
         EARLY=early, num_warps=_WARPS, enable_fp_fusion=False, launch_pdl=early,
     )  # fmt: skip

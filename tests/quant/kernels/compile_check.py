@@ -143,7 +143,13 @@ def halves_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
         shape = _halves_shape(constants)
         cut = {"WIDTH": shape.width, "DEPTH": shape.depth, "LENGTH": 1024}
         yield f"halves, {name}", decode_halves._kernel, constants | cut, shape.warps
-    options = {"CARRY": CEIL, "SATURATE": False, "BITS": 8, "WIDTH": quant_halves._WIDTH, "READ": quant_halves._READ}
+    options = {
+        "CARRY": CEIL,
+        "SATURATE": False,
+        "BITS": 8,
+        "WIDTH": quant_halves._WIDTHS[1],
+        "READ": quant_halves._READ,
+    }
     options |= {"READS": 6, "QUANTISE": True, "EARLY": True, "METHOD": terms.STATIC.value, "FALLBACK": True}
     yield "rows to halves", quant_halves._kernel, options, quant_halves._WARPS
 
