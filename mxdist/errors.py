@@ -46,6 +46,9 @@ class ProcessFailure(RunStopped):
         super().__init__(message)
         self.processes = processes  # their names, such as "learner rank 1"
 
+    def __reduce__(self) -> tuple[object, ...]:  # a worker may notice it of another
+        return type(self), (str(self), self.processes)
+
 
 class ProcessDied(ProcessFailure):
     """A process of the run, or the node it was on, is gone."""

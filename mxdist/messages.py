@@ -3,12 +3,23 @@
 Frozen dataclasses of plain Python values and numpy arrays: cheap to send, importable without torch.
 """
 
+import pickle
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property, lru_cache
+from math import prod
+from typing import Any, Literal
 
 import numpy as np
 
 TensorKind = Literal["mx", "dense"]
+BucketKind = Literal["codes", "scales", "bytes", "float32", "bfloat16"]
+BUCKET_DTYPES: dict[BucketKind, np.dtype[Any]] = {
+    "codes": np.dtype(np.uint8),
+    "scales": np.dtype(np.uint8),
+    "bytes": np.dtype(np.uint8),
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(np.uint16),  # the bit patterns: numpy has no bfloat16
+}
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,14 @@ class RolloutResult:
 
 
 @dataclass(frozen=True)
+class DevicePlace:
+    """Where a process computes."""
+
+    host: str  # a machine, or a container of it
+    cannot_share: str | None  # why no other process can read its GPU's memory, as the end of "it ..."
+
+
+@dataclass(frozen=True)
 class EngineReport:
     """What a rollout engine says of itself once it is up."""
 
@@ -108,6 +127,7 @@ class EngineReport:
     noise_modules: tuple[str, ...]  # norms that adaptive quantisation noise will touch
     bytes_per_quantised_weight: float  # held for an element of the quantised linears, on average; 0 without any
     resident_mib: float
+    device: DevicePlace
 
 
 @dataclass(frozen=True)
@@ -118,6 +138,7 @@ class LearnerReport:
     quantised_modules: tuple[str, ...]  # Hugging Face names of the quantised linears this rank holds, sorted
     parameters: int  # this rank's own
     resident_mib: float
+    device: DevicePlace
 
 
 @dataclass(frozen=True)
@@ -188,13 +209,105 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
+class PartPlace:
+    """Where a part of a tensor lies: contiguous, in row-major order."""
+
+    bucket: int
+    offset: int  # bytes, a multiple of 16
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor's parts lie, and which of its checksums are sent."""
+
+    name: str
+    kind: TensorKind
+    shape: tuple[int, ...]
+    parts: dict[str, PartPlace]
+    checked: tuple[str, ...]  # the parts, and "values" beside them where the learner keeps values of a packed tensor
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A buffer that holds parts of one kind, one after the other."""
+
+    kind: BucketKind
+    nbytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """What a learner rank's buckets hold. It stays the same from version to version, so it is pickled once and, where
+    it arrives, the same object every time."""
+
+    tensors: tuple[TensorPlace, ...]
+    buckets: tuple[Bucket, ...]
+
+    @cached_property
+    def pickled(self) -> bytes:
+        return pickle.dumps((self.tensors, self.buckets))
+
+    @cached_property
+    def checked(self) -> tuple[tuple[str, str], ...]:
+        """Tensor and part of each checksum, in the order of a payload's."""
+        return tuple((tensor.name, part) for tensor in self.tensors for part in tensor.checked)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Of all parts, without what lies between them."""
+        widths = [BUCKET_DTYPES[bucket.kind].itemsize for bucket in self.buckets]
+        parts = (place for tensor in self.tensors for place in tensor.parts.values())
+        return sum(prod(place.shape) * widths[place.bucket] for place in parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _manifest, (self.pickled,)
+
+
+@lru_cache(maxsize=256)  # ranks of a run
+def _manifest(pickled: bytes) -> Manifest:
+    found = Manifest(*pickle.loads(pickled))
+    found.__dict__["pickled"] = pickled  # as it came, so that it is the same object wherever it goes on to
+    return found
+
+
+@dataclass(frozen=True)
+class SharedBuckets:
+    """Buckets that stay on the learner's GPU. Other processes of its host may read them there for a while."""
+
+    owner: str  # such as "learner rank 0"
+    process: str  # no other process of the run, also none that takes its place, has the same
+    handles: tuple[bytes, ...]  # one a bucket, as ``sync.shared`` makes and opens them
+    stamp: bytes  # handle of one int64: the version that the buckets hold at present
+
+
+@dataclass(frozen=True)
 class WeightPayload:
     """The tensors one learner rank owns; the payloads of all ranks together are the whole model."""
 
     version: int
     recipes: dict[str, object]  # ModelRecipes.to_dict(); an engine with others refuses the payload
-    entries: tuple[TensorEntry, ...] = field(repr=False)
+    manifest: Manifest = field(repr=False)
+    checksums: np.ndarray = field(repr=False)  # uint64 [len(manifest.checked)], of what the learner computes with
+    buckets: tuple[np.ndarray, ...] | SharedBuckets = field(repr=False)  # uint8 [nbytes] each
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for entry in self.entries for part in entry.parts.values())
+        return self.manifest.nbytes
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """Tensor by tensor, on the memory of the buckets. ValueError when those are on a GPU of the learner's."""
+        if isinstance(self.buckets, SharedBuckets):
+            raise ValueError(f"the buckets are on the GPU of {self.buckets.owner}")
+        sums = iter(self.checksums.tolist())
+        dtypes = [BUCKET_DTYPES[bucket.kind] for bucket in self.manifest.buckets]
+        entries = []
+        for tensor in self.manifest.tensors:
+            parts = {
+                part: np.ndarray(place.shape, dtypes[place.bucket], self.buckets[place.bucket], place.offset)
+                for part, place in tensor.parts.items()
+            }
+            checksums = {part: next(sums) for part in tensor.checked}
+            entries.append(TensorEntry(tensor.name, tensor.kind, tensor.shape, parts, checksums))
+        return tuple(entries)

@@ -17,6 +17,7 @@ from mxdist.model.shape import ModelShape
 if TYPE_CHECKING:
     from mxdist.learner.policy import Policy
     from mxdist.model.hf_tensors import HfTensor
+    from mxdist.sync.outgoing import Transport
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Backend(ABC):
         """Those of ``tensors`` that this rank sends, each readable until the next is asked for."""
 
     @abstractmethod
-    def export(self, recipes: ModelRecipes, version: int) -> WeightPayload:
+    def export(self, recipes: ModelRecipes, version: int, transport: "Transport") -> WeightPayload:
         """What this rank owns; the payloads of all ranks hold every Hugging Face tensor exactly once, whole."""
 
     @abstractmethod

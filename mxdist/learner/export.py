@@ -1,44 +1,174 @@
-"""The weights that one rank contributes to a new policy version: packed MXFP4 where quantised, plain elsewhere."""
+"""The weights that one rank contributes to a new policy version: packed MXFP4 where quantised, plain elsewhere.
 
-from collections.abc import Iterable
-from dataclasses import replace
+Buckets are filled on the device in few operations: what is sent from where is worked out once, and what lies in a row
+on both sides is copied together. Tensors that ranks divide are gathered one by one.
+"""
 
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from mxdist.messages import TensorEntry, WeightPayload
+from mxdist.messages import Manifest, TensorPlace, WeightPayload
 from mxdist.model.hf_tensors import HfTensor
+from mxdist.model.quantised_weight import QuantisedWeight
 from mxdist.model.recipes import ModelRecipes
-from mxdist.quant.tensor import MXTensor
-from mxdist.sync.payload import dense_entry, mx_entry
+from mxdist.quant.tensor import MXTensor, part_shapes
+from mxdist.sync.checks import DTYPES
+from mxdist.sync.layout import VALUES, Outline, arrange, bytes_kind, in_matrix_order
+from mxdist.sync.outgoing import Copies, Outgoing, Transport
+from mxdist.sync.payload import part_checksum
 
 
-def export(
-    owned: Iterable[HfTensor], recipes: ModelRecipes, version: int, tensor_parallel: ProcessGroup | None = None
-) -> WeightPayload:
-    """The payload of this rank's tensors.
+@dataclass(frozen=True)
+class _Plan:
+    """What this rank sends, and from where."""
 
-    Collective over the tensor-parallel ranks: the first of them gathers the others' slices, packed ones as bytes.
+    manifest: Manifest
+    places: dict[str, TensorPlace]
+    first_sums: dict[str, int]  # by tensor, the place of its first checksum
+    gathers: bool  # whether ranks put tensors together, in which all take part
+    bases: list[QuantisedWeight | Tensor]  # packed weights and parameters that are whole here
+    sources: list[tuple[int, str]]  # parts of them
+    copies: Copies  # from these
+
+
+class Exporter:
+    """Makes the payloads of one rank.
+
+    Args:
+        owned: the tensors that this rank sends, or helps to put together; the same ones every time. Collective where
+            ranks divide what each computes with.
+        tensor_parallel: the ranks that divide matrices, of which the first sends them whole.
+        outgoing: holds the buckets.
     """
-    entries = (_entry(tensor, tensor_parallel) for tensor in owned)
-    return WeightPayload(version, recipes.to_dict(), tuple(entry for entry in entries if entry is not None))
+
+    def __init__(
+        self, owned: Callable[[], Iterable[HfTensor]], tensor_parallel: ProcessGroup | None, outgoing: Outgoing
+    ) -> None:
+        self._owned, self._group, self._outgoing = owned, tensor_parallel, outgoing
+        self._plan: _Plan | None = None
+
+    @torch.no_grad()
+    def export(self, recipes: ModelRecipes, version: int, transport: Transport) -> WeightPayload:
+        """The payload of this rank's tensors. Collective, see ``owned``; outlives the next optimizer step."""
+        plan = self._plan = self._plan or self._make_plan()
+        buckets = self._outgoing.begin(plan.manifest, transport)
+        forms = [_form(base) for base in plan.bases]
+        plan.copies.run(buckets, [getattr(forms[base], part) for base, part in plan.sources])
+        values = np.zeros(len(plan.manifest.checked), dtype=np.uint64)
+        if plan.gathers or self._sends_values:
+            self._gather(plan, buckets, values)
+        return self._outgoing.finish(recipes.to_dict(), version, values)
+
+    @property
+    def _sends_values(self) -> bool:
+        """Whether values are compared beside the bytes that they are made of: where engines keep them, on a CPU.
+
+        On a GPU products read the bytes, by one kernel on both sides: values would prove nothing more.
+        """
+        return self._outgoing.device.type == "cpu"
+
+    def _make_plan(self) -> _Plan:
+        mine, gathers = [], False
+        for tensor in self._owned():
+            gathers |= not _is_whole(tensor)
+            is_first = self._group is None or self._group.rank() == 0
+            if is_first or (tensor.is_expert and tensor.division.count == 1):
+                mine.append(tensor)
+        mine = in_matrix_order(mine)
+        manifest = arrange(self._outline(tensor) for tensor in mine)
+        positions = itertools.accumulate((len(place.checked) for place in manifest.tensors), initial=0)
+        first_sums = dict(zip((tensor.name for tensor in mine), positions, strict=False))
+        places = {place.name: place for place in manifest.tensors}
+        return _Plan(manifest, places, first_sums, gathers, *_copies(mine, manifest))
+
+    def _outline(self, tensor: HfTensor) -> Outline:
+        shape = tensor.whole_shape
+        if tensor.module is None:
+            kind = {dtype: kind for kind, dtype in DTYPES.items()}.get(tensor.parameter.dtype)
+            if kind not in ("float32", "bfloat16"):
+                raise TypeError(f"{tensor.name} is {tensor.parameter.dtype}; weights are sent as float32 or bfloat16")
+            return Outline(tensor.name, "dense", shape, {VALUES: (kind, shape)}, (VALUES,))
+        assert tensor.module.recipe is not None
+        assert tensor.module.recipe.w is not None
+        parts = part_shapes(shape, tensor.module.recipe.w)
+        checked = (*parts, VALUES) if self._sends_values else tuple(parts)
+        return Outline(tensor.name, "mx", shape, {part: (bytes_kind(part), s) for part, s in parts.items()}, checked)
+
+    def _gather(self, plan: _Plan, buckets: list[Tensor], sums: np.ndarray) -> None:
+        """Put together what ranks divide, and take the checksums of values."""
+        for tensor in self._owned():
+            place = plan.places.get(tensor.name)
+            for part, held in self._parts_to_gather(tensor):
+                whole = _whole(held, tensor, self._group)
+                if whole is None:
+                    continue
+                assert place is not None
+                if part in place.parts and not _is_whole(tensor):
+                    at = place.parts[part]
+                    data = whole.contiguous().view(-1).view(torch.uint8)
+                    buckets[at.bucket][at.offset : at.offset + len(data)].copy_(data)
+                if part == VALUES and tensor.module is not None:
+                    position = plan.first_sums[tensor.name] + place.checked.index(VALUES)
+                    sums[position] = part_checksum(VALUES, whole)
+
+    def _parts_to_gather(self, tensor: HfTensor) -> Iterator[tuple[str, Tensor]]:
+        if tensor.module is None:
+            if not _is_whole(tensor):
+                yield VALUES, tensor.read()
+            return
+        if _is_whole(tensor) and not self._sends_values:
+            return
+        packed, values = tensor.quantised()
+        if not _is_whole(tensor):
+            # Slices end where blocks and macro-blocks end (``config.layout``): their bytes in a row are the whole.
+            yield from packed.parts().items()
+        if self._sends_values:
+            yield VALUES, values
 
 
-def _entry(tensor: HfTensor, group: ProcessGroup | None) -> TensorEntry | None:
-    """The whole tensor, where this rank is the one that sends it. A copy: it outlives the next optimizer step."""
-    if tensor.module is None:
-        whole = _whole(tensor.read(), tensor, group)
-        return None if whole is None else dense_entry(tensor.name, whole.to("cpu", copy=True))
-    packed, values = tensor.quantised()
-    parts = {name: _whole(part, tensor, group) for name, part in packed.parts().items()}
-    all_values = _whole(values, tensor, group)
-    present = {name: part for name, part in parts.items() if part is not None}
-    if all_values is None:
-        return None
-    # Slices end where blocks and macro-blocks end (``config.layout``), so the bytes of the whole are theirs in a row.
-    entry = mx_entry(tensor.name, MXTensor.from_parts(present, tensor.whole_shape, packed.operand), all_values)
-    return replace(entry, parts={name: part.copy() for name, part in entry.parts.items()})
+def _is_whole(tensor: HfTensor) -> bool:
+    """Whether this rank holds all of a tensor, and can read it without the others."""
+    return tensor.division.count == 1 and (tensor.module is not None or type(tensor) is HfTensor)
+
+
+def _copies(
+    tensors: Iterable[HfTensor], manifest: Manifest
+) -> tuple[list[QuantisedWeight | Tensor], list[tuple[int, str]], Copies]:
+    """Of the tensors that are whole here: what they are rows of, its parts, the copies of the rows into buckets."""
+    bases: dict[int, QuantisedWeight | Tensor] = {}
+    sources: dict[tuple[int, str], int] = {}
+    pieces: list[tuple[int, int, int, int, int]] = []
+    for tensor, place in zip(tensors, manifest.tensors, strict=True):
+        if not _is_whole(tensor):
+            continue
+        base = tensor.module if tensor.module is not None else tensor.parameter
+        bases.setdefault(id(base), base)
+        for part, at in place.parts.items():
+            number = sources.setdefault((id(base), part), len(sources))
+            width = prod(at.shape[1:]) * DTYPES[manifest.buckets[at.bucket].kind].itemsize
+            offset = at.offset
+            for rows in tensor.rows:
+                size = (rows.stop - rows.start) * width
+                pieces.append((number, rows.start * width, size, at.bucket, offset))
+                offset += size
+    numbers = {key: number for number, key in enumerate(bases)}
+    named = [(numbers[key], "data" if part == VALUES else part) for key, part in sources]
+    return list(bases.values()), named, Copies(*np.array(pieces, dtype=np.int64).reshape(-1, 5).T)
+
+
+def _form(base: QuantisedWeight | Tensor) -> MXTensor | Tensor:
+    """What is copied from: an attribute for each part, "data" of a parameter."""
+    if isinstance(base, Tensor):
+        return base
+    # On a GPU, reading all master weights to see that none has changed would take longer than sending them.
+    return base.quantised() if base.weight.device.type == "cpu" else base.packed()
 
 
 def _whole(part: Tensor, tensor: HfTensor, group: ProcessGroup | None) -> Tensor | None:

@@ -9,7 +9,7 @@ from mxdist.config.hf_config import model_directory
 from mxdist.config.schema import Config
 from mxdist.learner import checkpoint, parallel
 from mxdist.learner.backend import Backend
-from mxdist.learner.export import export
+from mxdist.learner.export import Exporter
 from mxdist.learner.megatron_policy import MegatronPolicy
 from mxdist.messages import WeightPayload
 from mxdist.model.draws import GradientDraws
@@ -19,6 +19,7 @@ from mxdist.model.loading import load_checkpoint
 from mxdist.model.recipes import ModelRecipes
 from mxdist.model.shape import ModelShape
 from mxdist.model.weights import hf_tensors
+from mxdist.sync.outgoing import Outgoing, Transport
 
 
 class MegatronBackend(Backend):
@@ -41,6 +42,8 @@ class MegatronBackend(Backend):
             load_checkpoint(model, self.tensors, shape, model_directory(config.model.path))
         self.policy: MegatronPolicy = MegatronPolicy(model, config.optimizer, draws)
         self._saver = checkpoint.Saver(self.policy, shape)
+        outgoing = Outgoing(next(model.parameters()).device, f"learner rank {rank}", config.rollout.max_lag + 1)
+        self._exporter = Exporter(self.owned, self.policy.tensor_parallel, outgoing)
 
     def owned(self) -> Iterator[HfTensor]:
         """Each slice belongs to the first of the data-parallel ranks that hold it; tensor-parallel ranks have one
@@ -51,8 +54,8 @@ class MegatronBackend(Backend):
             if not tensor.is_copy and (first_of_experts if tensor.is_expert else first):
                 yield tensor
 
-    def export(self, recipes: ModelRecipes, version: int) -> WeightPayload:
-        return export(self.owned(), recipes, version, self.policy.tensor_parallel)
+    def export(self, recipes: ModelRecipes, version: int, transport: Transport) -> WeightPayload:
+        return self._exporter.export(recipes, version, transport)
 
     def names_of_reporting_rank(self, names: list[str]) -> list[str]:
         return parallel.of_last_stage(names)

@@ -29,6 +29,7 @@ from mxdist.observe.usage import process_usage
 
 if TYPE_CHECKING:
     from mxdist.learner.policy import Scored
+    from mxdist.sync.outgoing import Transport
 
 NOTHING = Mean(0.0, 0.0)
 
@@ -52,6 +53,7 @@ class LearnerWorker:
         """
         from mxdist.learner import backend
         from mxdist.model.hf_tensors import quantised_modules
+        from mxdist.sync.shared import device_place
 
         if not torch.cuda.is_available():
             torch.set_num_threads(max(1, int(self.config.learner.cpus_per_rank)))
@@ -64,6 +66,7 @@ class LearnerWorker:
             quantised_modules=quantised_modules(self._backend.tensors),
             parameters=sum(parameter.numel() for parameter in self._policy.model.parameters()),
             resident_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            device=device_place(),
         )
 
     def score(self, batch: TrainBatch) -> np.ndarray:
@@ -176,9 +179,9 @@ class LearnerWorker:
         with _timed(seconds, "telemetry"):
             means |= telemetry.after_step()
 
-    def export(self, version: int) -> WeightPayload:
+    def export(self, version: int, transport: "Transport" = "host") -> WeightPayload:
         """The tensors that this rank owns, quantised ones as the packed parts of what the forward pass uses."""
-        payload = self._backend.export(self.recipes, version)
+        payload = self._backend.export(self.recipes, version, transport)
         if self.config.rollout.sleep:
             torch.cuda.empty_cache()  # the engine on this GPU is about to wake up
         return payload

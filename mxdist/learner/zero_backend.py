@@ -13,7 +13,7 @@ from mxdist.config.hf_config import model_directory
 from mxdist.config.schema import Config
 from mxdist.learner import zero_checkpoint
 from mxdist.learner.backend import Backend, Place
-from mxdist.learner.export import export
+from mxdist.learner.export import Exporter
 from mxdist.learner.rendezvous import join
 from mxdist.learner.zero_policy import ZeroPolicy, engine_settings
 from mxdist.messages import WeightPayload
@@ -24,6 +24,7 @@ from mxdist.model.loading import load_checkpoint
 from mxdist.model.recipes import ModelRecipes
 from mxdist.model.shape import ModelShape
 from mxdist.model.transformers_model import MxLinear, build_transformers, hf_tensors, replace_linears
+from mxdist.sync.outgoing import Outgoing, Transport
 
 
 class ZeroBackend(Backend):
@@ -49,6 +50,9 @@ class ZeroBackend(Backend):
         else:
             load_checkpoint(model, self.tensors, shape, model_directory(config.model.path))
         self.policy: ZeroPolicy = ZeroPolicy(model, config, draws)
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        outgoing = Outgoing(device, f"learner rank {rank}", config.rollout.max_lag + 1)
+        self._exporter = Exporter(self.owned, None, outgoing)
 
     def owned(self) -> Iterator[HfTensor]:
         for tensor in self.tensors:
@@ -57,8 +61,8 @@ class ZeroBackend(Backend):
                 if not tensor.is_copy:
                     yield tensor
 
-    def export(self, recipes: ModelRecipes, version: int) -> WeightPayload:
-        return export(self.owned(), recipes, version)
+    def export(self, recipes: ModelRecipes, version: int, transport: Transport) -> WeightPayload:
+        return self._exporter.export(recipes, version, transport)
 
     def names_of_reporting_rank(self, names: list[str]) -> list[str]:
         return names

@@ -108,6 +108,12 @@ class QuantisedWeight:
             raise RuntimeError(f"{self} has a new master weight: call requantise(model) before using it")
         return self._quantised
 
+    def packed(self) -> MXTensor:
+        """What ``quantised`` returns, without looking at the bits."""
+        self._raise_if_stale()
+        assert self._quantised is not None
+        return self._quantised
+
     def _identity(self) -> tuple[int, int]:
         # Sees in-place changes through the parameter. The distributed optimizer writes past it, into the buffer that
         # the parameter is a view of: ``forget_before_step`` covers that.

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.outputs import CompletionOutput
 
+    from mxdist.sync.payload import PartSums
+
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine and worker in this process: weights are loaded in place
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -70,11 +72,15 @@ class RolloutWorker:
         from mxdist.aqn.injector import NoiseInjector, select_norms
         from mxdist.rollout import slots
         from mxdist.rollout.engine import Engine, write_model_dir
+        from mxdist.rollout.loading import WeightLoader
+        from mxdist.sync.shared import device_place
 
         write_model_dir(self._model_dir, self._shape, self._recipes)
         self._engine = Engine(self._config, self._model_dir)
         model = self._engine.model
         self._slots = slots.find_slots(model, self._shape.vocab_size)
+        device = next(iter(self._slots.values())).device
+        self._loader = WeightLoader(self._slots, self._recipes, device)
         routed = slots.routed_layers(model)
         norms = [
             (name.removesuffix(".weight"), slot.owner.weight)
@@ -87,28 +93,27 @@ class RolloutWorker:
             noise_modules=self._injector.names,
             bytes_per_quantised_weight=slots.bytes_per_element(self._slots),
             resident_mib=psutil.Process().memory_info().rss / 2**20,
+            device=device_place(),
         )
         self._engine.sleep()  # a learner may have to warm up first
         return report
 
-    def load_weights(self, payloads: list[WeightPayload]) -> dict[str, dict[str, int]]:
+    def load_weights(self, payloads: list[WeightPayload]) -> "PartSums":
         """Replace all weights in place with those of all learner ranks, all or nothing.
 
         Returns:
             Hugging Face tensor name -> part -> checksum, computed from the live buffers after the copy.
 
         Raises:
-            ParityError: see ``slots.checked``; the engine then goes on with its old weights.
+            ParityError: see ``WeightLoader.checked``; the engine then goes on with its old weights.
         """
-        from mxdist.rollout import slots
-
         self._engine.wake("weights")
-        entries = slots.checked(self._slots, payloads, self._recipes)
+        arrived = self._loader.checked(payloads)
         self._version = -1  # a copy that fails half-way leaves weights that nothing may be sampled with
-        slots.write(self._slots, entries)
+        sums = self._loader.take(arrived)
         self._version = payloads[0].version
         self._engine.forget_prefixes()
-        return {name: slot.checksums() for name, slot in self._slots.items()}
+        return sums
 
     def generate(self, request: RolloutRequest) -> RolloutResult:
         """Sample ``samples_per_prompt`` answers to each prompt, under the request's noise.
@@ -156,7 +161,7 @@ class RolloutWorker:
         """Free the engine. The process can exit afterwards; it cannot start another one."""
         if hasattr(self, "_engine"):
             self._engine.close()
-            del self._engine, self._slots, self._injector
+            del self._engine, self._slots, self._injector, self._loader
 
     def _parameters(self, prompt: Prompt, index: int, sampling: SamplingSettings) -> "SamplingParams":
         from mxdist.rollout.engine import sampling_params

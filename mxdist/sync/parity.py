@@ -3,11 +3,11 @@
 Pure comparison of what both sides say of themselves; a difference raises `ParityError`, which stops the run.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from mxdist.errors import ParityError
 
-Checksums = dict[str, dict[str, int]]
+Checksums = Mapping[str, dict[str, int]]
 """Hugging Face tensor name -> part -> checksum."""
 
 
@@ -49,6 +49,8 @@ def compare_checksums(learner: Checksums, engine: Checksums) -> None:
     """
     if not learner or not engine:
         raise ParityError(f"nothing to compare: the learner reports {len(learner)} tensors, the engine {len(engine)}")
+    if learner == engine:
+        return
     differing = [name for name in sorted(learner.keys() | engine.keys()) if learner.get(name) != engine.get(name)]
     if not differing:
         return

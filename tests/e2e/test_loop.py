@@ -30,7 +30,7 @@ from mxdist.observe.ledger import Ledger
 from mxdist.observe.loggers import Loggers
 from mxdist.observe.rollout_files import RolloutFiles
 from mxdist.sync.parity import compare_checksums
-from mxdist.sync.payload import learner_checksums
+from mxdist.sync.payload import learner_checksums, payload_of
 from mxdist.tasks.base import Cursor, Task
 from mxdist.tasks.registry import make_task
 from tests.e2e.command import QUICKSTART, SHORT
@@ -172,7 +172,8 @@ def test_one_flipped_bit_on_the_way_is_named_and_stops_the_run(up: Up) -> None:
     codes.reshape(-1)[5] ^= 1
     damaged = replace(entry, parts={**entry.parts, "codes": codes})
     entries = (*first.entries[:victim], damaged, *first.entries[victim + 1 :])
-    references = [ray.put(payload) for payload in (replace(first, entries=entries), *rest)]
+    spoilt = payload_of(first.version, first.recipes, entries)
+    references = [ray.put(payload) for payload in (spoilt, *rest)]
     with pytest.raises(ParityError, match=f"{entry.name}, part codes, changed on its way"):
         pool.wait(pool.load_weights(references, 7), 60, "sync")
     # The gate behind it: an engine whose live bytes are not what the learner says.

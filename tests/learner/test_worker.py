@@ -221,9 +221,9 @@ def values_in_use(worker: LearnerWorker) -> dict[str, np.ndarray]:
 
 
 def check_parts(entries: dict, used: dict[str, np.ndarray]) -> None:
-    from mxdist.quant.checksum import checksum
     from mxdist.quant.recipe import get_recipe
     from mxdist.quant.tensor import MXTensor
+    from mxdist.sync.payload import part_checksum
 
     operand = get_recipe("mxfp4_mbs_of").w
     assert operand is not None
@@ -232,7 +232,7 @@ def check_parts(entries: dict, used: dict[str, np.ndarray]) -> None:
         parts = {part: torch.from_numpy(array) for part, array in entries[name].parts.items()}
         read = MXTensor.from_parts(parts, entries[name].shape, operand).dequantise()
         assert np.array_equal(read.numpy(), values)
-        assert entries[name].checksums == {"values": checksum(read), **{k: checksum(v) for k, v in parts.items()}}
+        assert entries[name].checksums == {k: part_checksum(k, v) for k, v in (parts | {"values": read}).items()}
 
 
 def test_an_exported_payload_does_not_change_with_the_next_step(ranks: RankProcesses) -> None:

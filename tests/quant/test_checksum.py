@@ -1,11 +1,12 @@
 """Checksums add over shards and see every kind of damage."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mxdist.quant.checksum import checksum, combine, mix64
+from mxdist.quant.checksum import Spans, checksum, checksums, combine, mix64
 
 BYTES = st.lists(st.integers(0, 255), min_size=1, max_size=300)
 
@@ -84,3 +85,22 @@ def test_any_dtype_is_read_as_its_bytes_and_long_tensors_in_chunks() -> None:
 def test_overlapping_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="row_stride 3 is smaller"):
         checksum(torch.zeros(2, 4, dtype=torch.uint8), row_stride=3)
+
+
+def test_words_are_numbered_by_their_place_and_add_over_shards() -> None:
+    data = torch.arange(64, dtype=torch.int32).view(4, 16) * -123456789
+    words = [int(word) & 0xFFFFFFFF for word in data.flatten()]
+    keys = torch.tensor([(i << 32) + word - ((1 << 64) if i << 32 >= 1 << 63 else 0) for i, word in enumerate(words)])
+    assert checksum(data, unit=4) == int(mix64(keys).sum()) & (1 << 64) - 1
+    parts = [checksum(data[:, :4], 0, 64, unit=4), checksum(data[:, 4:], 16, 64, unit=4)]
+    assert combine(parts) == checksum(data, unit=4)
+    with pytest.raises(ValueError, match="no multiple of the unit 4"):
+        checksum(torch.zeros(6, dtype=torch.uint8), unit=4)
+
+
+def test_ranges_of_a_buffer_have_the_checksums_of_the_tensors_they_are() -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    spans = Spans(np.array([0, 40, 999]), np.array([40, 900, 1]))
+    pieces = [x[:40], x[40:940], x[999:]]
+    for buffer, unit, whole in ((x, 4, pieces), (x.bfloat16(), 4, [piece.bfloat16().float() for piece in pieces])):
+        assert [int(v) & (1 << 64) - 1 for v in checksums(buffer, spans)] == [checksum(p, unit=unit) for p in whole]

@@ -11,7 +11,7 @@ from mxdist.model.recipes import ModelRecipes
 from mxdist.model.shape import ModelShape
 from mxdist.quant.recipe import Operand, Recipe
 from mxdist.quant.reference import fake_quantise, quantise
-from mxdist.sync.payload import dense_entry, mx_entry
+from mxdist.sync.payload import dense_entry, mx_entry, payload_of
 
 
 def operand_of(name: str, recipes: ModelRecipes) -> Operand | None:
@@ -41,7 +41,7 @@ def payloads(tensors: dict[str, Tensor], recipes: ModelRecipes, version: int, ra
             entries.append(mx_entry(name, packed, packed.dequantise(tensor.dtype)))
         else:
             entries.append(dense_entry(name, tensor.float() if number % 2 else tensor))
-    return [WeightPayload(version, recipes.to_dict(), tuple(entries[rank::ranks])) for rank in range(ranks)]
+    return [payload_of(version, recipes.to_dict(), entries[rank::ranks]) for rank in range(ranks)]
 
 
 class ReferenceLinear(nn.Module):

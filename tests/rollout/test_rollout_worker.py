@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from mxdist.model.shape import ModelShape
 from mxdist.quant.policy import RecipePolicy
 from mxdist.rollout.worker import RolloutWorker
 from mxdist.sync.parity import compare_checksums, compare_modules
-from mxdist.sync.payload import learner_checksums
+from mxdist.sync.payload import learner_checksums, payload_of
 from tests.rollout.engine_process import EngineProcess
 from tests.rollout.reference_model import (
     answer_logprobs,
@@ -267,12 +266,14 @@ def spoil_entry(sent: list[WeightPayload], **changes: object) -> list[WeightPayl
     at = next(i for i, entry in enumerate(last.entries) if entry.kind == "mx")
     entries = list(last.entries)
     entries[at] = replace(entries[at], **{k: v(entries[at]) if callable(v) else v for k, v in changes.items()})
-    return [*others, replace(last, entries=tuple(entries))]
+    return [*others, payload_of(last.version, last.recipes, entries)]
 
 
 SPOILT = {
     "did not send lm_head.weight": lambda sent: [
-        replace(payload, entries=tuple(entry for entry in payload.entries if entry.name != "lm_head.weight"))
+        payload_of(
+            payload.version, payload.recipes, [entry for entry in payload.entries if entry.name != "lm_head.weight"]
+        )
         for payload in sent
     ],
     "sent model.layers.9.weight, which the model does not have": lambda sent: spoil_entry(
@@ -392,29 +393,17 @@ def flip_bit(worker: RolloutWorker, name: str, part: str) -> None:
 
 
 def load_and_fail_half_way(worker: RolloutWorker, sent: list[WeightPayload]) -> None:
-    """As if the last tensor's memory could not be written."""
-    last = max(worker._slots)
-    slot, worker._slots[last] = worker._slots[last], FullSlot(worker._slots[last])
+    """As if there were no memory to make one weight's values of its new bytes."""
+    owner = next(slot.owner for slot in worker._slots.values() if slot.kind == "mx")
+    owner.refresh = fail_half_way
     try:
         worker.load_weights(sent)
     finally:
-        worker._slots[last] = slot
+        del owner.refresh
 
 
-class FullSlot:
-    """A slot that passes every check and fails when it is written; ``parts`` is read once for each."""
-
-    def __init__(self, slot: Any) -> None:
-        self._slot, self._reads = slot, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._slot, name)
-
-    def parts(self) -> dict[str, torch.Tensor]:
-        self._reads += 1
-        if self._reads > 1:
-            raise OSError("half-way")
-        return self._slot.parts()
+def fail_half_way() -> None:
+    raise OSError("half-way")
 
 
 def drop_values(worker: RolloutWorker) -> float:

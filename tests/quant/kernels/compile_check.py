@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mxdist.quant.kernels import (
+    checksum,
     decode,
     decode_halves,
     dot_scaled,
@@ -50,6 +51,7 @@ POINTERS = {
     "residual_codes": "*u8", "residual_scales": "*u8", "a": "*u8", "b": "*u8", "a_factor": "*fp32", "b_factor": "*fp32",
     "c": "*bf16", "weight": "*bf16", "inverse": "*fp32", "out": "*fp32",
     "x_words": "*i32", "data_halves": "*i16", "data_t_words": "*i32",
+    "buffer": "*i16", "pieces": "*i64", "sums": "*i64",
 }  # fmt: skip
 NUMBERS = {"alpha": "fp32", "epsilon": "fp32", "threshold": "fp32", "seed": "i64", "seed_t": "i64"}
 
@@ -108,6 +110,8 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     yield "listed tiles, stochastic", quant_residual._kernel, one | {"RANDOM": True}, warps
     yield "tiles by row, searched", quant_residual._kernel, one | searched | {"LISTED": False}, warps
     yield from packed_cases()
+    sums = {"BITS": 32, "UP": 16, "PIECE": checksum.PIECE, "BLOCK": checksum.BLOCK}
+    yield "checksums of bfloat16", checksum._kernel, sums, checksum.WARPS
 
 
 def packed_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:

@@ -1,0 +1,96 @@
+"""Buckets that stay on the learner's GPU, read there by engines of the same host through CUDA IPC.
+
+A handle is torch's own (``torch.multiprocessing.reductions``), made once for a buffer that lives as long as its
+process. The learner has waited for its GPU before it sends handles, so the event that torch would share beside them is
+not opened: opening it may fail where the learner's GPU is not visible to the engine, which does not hinder the memory.
+"""
+
+import inspect
+import os
+import pickle
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mxdist.errors import ProcessDied, RunStopped
+from mxdist.messages import DevicePlace, SharedBuckets
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def device_place() -> DevicePlace:
+    """Where this process computes, and whether it can share a GPU's memory."""
+    boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
+    host = f"{socket.gethostname()} {boot}"
+    if not torch.cuda.is_available():
+        return DevicePlace(host, "has no GPU")
+    for variable in _ALLOCATOR_VARIABLES:
+        if "expandable_segments:True" in os.environ.get(variable, ""):
+            return DevicePlace(host, f"allocates with {variable}=expandable_segments:True")
+    return DevicePlace(host, None)
+
+
+def handle_of(buffer: Tensor) -> bytes:
+    """What another process opens the buffer with. On a GPU; it must live as long as any process reads it."""
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    _, arguments = reduce_tensor(buffer)
+    return pickle.dumps(arguments)
+
+
+def open_handle(handle: bytes, device: int) -> Tensor:
+    """The other process's buffer, mapped for GPU ``device`` of this one. RuntimeError when it cannot be."""
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+    names = inspect.signature(rebuild_cuda_tensor).parameters
+    arguments = dict(zip(names, pickle.loads(handle), strict=True))
+    # It is read from this GPU, whatever its number is to its owner.
+    tensor = rebuild_cuda_tensor(**arguments | {"storage_device": device, "event_sync_required": False})
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+class Mappings:
+    """The buffers of other processes that this one has mapped; mapped once, since that takes as long as a copy."""
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._mapped: dict[tuple[str, bytes], Tensor] = {}  # by process and handle
+
+    def open(self, shared: SharedBuckets, version: int) -> list[Tensor]:
+        """The buckets, uint8 each.
+
+        Raises:
+            ProcessDied: their owner is gone, or its GPU and this one cannot reach each other.
+            RunStopped: their owner has overwritten them since.
+        """
+        try:
+            stamp = int(self._one(shared.process, shared.stamp))
+            buckets = [self._one(shared.process, handle) for handle in shared.handles]
+        except RuntimeError as error:
+            raise ProcessDied(
+                f"the weights on the GPU of {shared.owner} cannot be mapped ({str(error).splitlines()[0]}): it is "
+                f"gone, or its GPU and the engine's have no peer access, and then set sync.transport=host",
+                (shared.owner,),
+            ) from error
+        if stamp != version:
+            raise RunStopped(
+                f"an engine came too late for weights version {version} of {shared.owner}, whose buckets now hold "
+                f"version {stamp}; set sync.transport=host, which keeps every version until it is loaded"
+            )
+        return buckets
+
+    def keep(self, present: Iterable[SharedBuckets]) -> None:
+        """Let go of what belongs to processes that are no more."""
+        processes = {shared.process for shared in present}
+        self._mapped = {key: tensor for key, tensor in self._mapped.items() if key[0] in processes}
+
+    def _one(self, process: str, handle: bytes) -> Tensor:
+        key = (process, handle)
+        if key not in self._mapped:
+            self._mapped[key] = open_handle(handle, self._device)
+        return self._mapped[key]
