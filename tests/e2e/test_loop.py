@@ -182,7 +182,7 @@ def test_one_flipped_bit_on_the_way_is_named_and_stops_the_run(up: Up) -> None:
     compare_checksums(expected, found)
     parts = expected[entry.name]
     with pytest.raises(ParityError, match=f"{entry.name}, part codes"):
-        compare_checksums(expected | {entry.name: {**parts, "codes": parts["codes"] ^ 1}}, found)
+        compare_checksums(dict(expected) | {entry.name: {**parts, "codes": parts["codes"] ^ 1}}, found)
 
 
 def test_the_learners_ranks_hold_the_whole_model_between_them_each_tensor_once(up: Up) -> None:
