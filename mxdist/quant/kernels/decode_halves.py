@@ -206,10 +206,11 @@ class Shape:
 
 def shape_of(height: int, outputs: int, k: int, tiles: int, multiprocessors: int) -> Shape:
     """The shape for tiles of `height` rows: enough programs for every multiprocessor to hold two."""
-    width = 64 if height <= 16 else 32
+    # With more rows fewer warps fit, by their registers, and x is read so often that wide programs pay.
+    width, depth, warps = (64, 256, 8) if height <= 16 else (64, 128, 4) if height <= 32 else (32, 128, 4)
     programs = triton.cdiv(outputs, width) * tiles
-    split = max(1, min(2 * multiprocessors // programs, triton.cdiv(k, 512)))  # programs are few where this is above 1
-    return Shape(width, depth=256, warps=8, stages=4 if height <= 32 else 3, split=split)
+    split = max(1, min(2 * multiprocessors // programs, triton.cdiv(k, 512)))  # programs are few where it is above 1
+    return Shape(width, depth, warps, stages=4, split=split)
 
 
 def multiply_halves(

@@ -145,7 +145,7 @@ def halves_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     every = {key: value for key, value in every.items() if key not in absent}
     for name, constants in (("plain", plain), ("all", every)):
         shape = _halves_shape(constants)
-        cut = {"WIDTH": shape.width, "DEPTH": shape.depth, "LENGTH": 1024}
+        cut = {"WIDTH": shape.width, "DEPTH": shape.depth, "LENGTH": 1024, "THREADS": 32 * shape.warps}
         yield f"halves, {name}", decode_halves._kernel, constants | cut, shape.warps
     options = {
         "CARRY": CEIL,
