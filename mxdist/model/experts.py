@@ -5,8 +5,12 @@
 
 Megatron multiplies p into h. The rollout engine quantises h without it, and quantising p * h is not p times quantising
 h, so it has to come after fc2 here as well.
+
+On a GPU all experts of a rank are computed together: in FP8 with quantising fused into the steps, where
+``kernels.experts`` does the recipe, and in grouped bfloat16 products where nothing is quantised. One by one otherwise.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +19,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
-from mxdist.quant.backend import fake_quantise, nonfinite_in_passing
+from mxdist.model.grouped_experts import grouped_linear
+from mxdist.quant.backend import fake_quantise, nonfinite_in_passing, quantisers_lack
 from mxdist.quant.linear import mx_linear
 from mxdist.quant.recipe import Operand, Recipe
 
@@ -36,14 +41,51 @@ class MxExperts(SequentialMLP):
             [rows, hidden] and no bias.
         """
         counts = tokens_per_expert.tolist()
-        gate_up = self._grouped_linear("linear_fc1", permuted_local_hidden_states, counts)
-        gate, up = gate_up.chunk(2, dim=-1)  # [rows, ffn] each
-        output = self._grouped_linear("linear_fc2", F.silu(gate) * up, counts)
+        output = self._together(permuted_local_hidden_states, counts)
+        if output is None:
+            output = self._one_by_one(permuted_local_hidden_states, counts)
         return output * permuted_probs.unsqueeze(-1).to(output.dtype), None
 
-    def _grouped_linear(self, name: str, rows: Tensor, counts: list[int]) -> Tensor:
+    def _linears(self, name: str) -> list[Any]:
+        return [getattr(expert, name) for expert in self.local_experts]
+
+    def _together(self, rows: Tensor, counts: list[int]) -> Tensor | None:
+        """All experts at once; None where that cannot be, or somebody observes their linears."""
+        if quantisers_lack(rows.device) is not None or not len(rows):
+            return None
+        first, second = self._linears("linear_fc1"), self._linears("linear_fc2")
+        recipe: Recipe | None = first[0].recipe
+        if recipe != second[0].recipe or first[0].observer is not None:
+            return None
+        weights = [linear.weight for linear in first], [linear.weight for linear in second]
+        totals = _totals(weights)
+        if recipe is None:
+            return _in_bfloat16(rows, weights, counts, totals) if rows.dtype == torch.bfloat16 else None
+        from mxdist.quant.kernels.experts import experts_mlp, fused_experts_lack
+        from mxdist.quant.kernels.segments import Segments
+
+        prepared = [linear.prepared() for linear in first], [linear.prepared() for linear in second]
+        if fused_experts_lack([*prepared[0], *prepared[1]], recipe, rows.dtype) is not None:
+            return None
+        return experts_mlp(
+            rows,
+            *weights,
+            prepared,
+            Segments.of_sizes(counts, rows.device),
+            recipe,
+            seed=first[0].seed(),
+            nonfinite=nonfinite_in_passing(rows.device),
+            totals=totals,
+        )
+
+    def _one_by_one(self, rows: Tensor, counts: list[int]) -> Tensor:
+        gate_up = self._each_linear("linear_fc1", rows, counts)
+        gate, up = gate_up.chunk(2, dim=-1)  # [rows, ffn] each
+        return self._each_linear("linear_fc2", F.silu(gate) * up, counts)
+
+    def _each_linear(self, name: str, rows: Tensor, counts: list[int]) -> Tensor:
         """The linear ``name`` of every expert on its own rows, in order."""
-        linears = [getattr(expert, name) for expert in self.local_experts]
+        linears = self._linears(name)
         recipe: Recipe | None = linears[0].recipe
         inputs, passing = torch.split(rows, counts), nonfinite_in_passing(rows.device)
         weights = [linear.prepared() for linear in linears]
@@ -61,6 +103,32 @@ class MxExperts(SequentialMLP):
                 outputs.append(mx_linear(chunk, linear.weight, weight_q, recipe, **about))
                 linear.show(x, outputs[-1])
         return torch.cat(outputs)
+
+
+Layers = tuple[Sequence[Tensor], Sequence[Tensor]]
+"""Of the first and the second linear, one tensor for each expert."""
+
+
+def _totals(weights: Layers) -> Layers | None:
+    """Megatron's float32 gradients, which each micro-batch adds to; None without its data-parallel wrapper.
+
+    Handing hundreds of gradients to autograd, and each to Megatron's hook, would take the host longer than the GPU
+    takes to compute them. The hooks have nothing left to do (``overlap_grad_reduce`` is off).
+    """
+    if not hasattr(weights[0][0], "main_grad"):
+        return None
+    first, second = ([weight.main_grad for weight in layer] for layer in weights)  # type: ignore[attr-defined]
+    return first, second
+
+
+def _in_bfloat16(rows: Tensor, weights: Layers, counts: list[int], totals: Layers | None) -> Tensor:
+    from mxdist.quant.kernels.segments import sent
+    from mxdist.quant.kernels.swiglu import Swiglu
+
+    ends = sent(torch.tensor(counts).cumsum(0).to(torch.int32), rows.device)
+    first, second = totals or (None, None)
+    h = grouped_linear(rows, weights[0], ends, first)
+    return grouped_linear(Swiglu.apply(h), weights[1], ends, second)
 
 
 class _QuantiseStraightThrough(torch.autograd.Function):

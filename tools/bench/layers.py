@@ -134,5 +134,5 @@ def _experts(ceilings: Ceilings) -> Iterator[Row]:
     bf16 = 0.0
     for model, name, elapsed, work, correct in experts.cases(RECIPES):
         bf16 = elapsed if name == "bf16" else bf16
-        label = f"{model} with their permutation, forward and backward, {name}"
+        label = f"{model} in all, forward and backward, {name}"
         yield _row(ceilings, label, elapsed, work, bf16, None if name == "bf16" else correct)

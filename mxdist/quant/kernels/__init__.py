@@ -21,10 +21,10 @@
     dot_scaled    GEMMs on packed FP4, for Blackwell; emulated elsewhere
     grouped       linears of experts, one at a time
     segments      where the rows of experts lie, every expert's in whole tiles
-    quant_experts the quantisers of experts, fused with the permutation of tokens and with SwiGLU
-    swiglu        SwiGLU's backward pass
-    permute       rows of tokens to rows of experts as bytes, and sums back
-    experts       a MoE layer's experts: tokens in, tokens out
+    quant_experts the quantisers of experts, fused with filling up tiles and with SwiGLU
+    swiglu        SwiGLU alone, forward and backward
+    permute       rows of experts without what fills up tiles
+    experts       a MoE layer's experts: sorted rows in, rows out
     prepared      a quantised weight as the operands of its GEMMs
     linear        mx_linear on these kernels
 

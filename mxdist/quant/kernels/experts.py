@@ -1,10 +1,12 @@
-"""The experts of a MoE layer, tokens in and tokens out, on FP8 tensor cores with the quantisers fused into its steps.
+"""The experts of a MoE layer on FP8 tensor cores, with the quantisers fused into their steps: rows in, rows out.
 
-    rows   copies of tokens, quantised from the tokens         h   = rows W1^T       gate before up
-    a      p silu(gate) up, quantised as it is computed        y   = a W2^T          out[t] = sum of t's rows of y
-    dy     copies of the tokens' gradients, quantised from them; da = dy W2; dh from da and h; dx[t] = sum of dh W1
+    h   = Q(rows) W1^T           gate before up
+    a   = silu(gate) up          quantised as it is computed
+    y   = Q(a) W2^T
+    da  = Q(dy) W2;  dh from da and h;  drows = Q(dh) W1
 
-Rows and a are kept for the weights' gradients, a byte an element; those contract over each expert's tokens.
+Rows and a are kept for the weights' gradients, a byte an element; those contract over each expert's rows. Routing
+probabilities are not known here: they multiply y, because p Q(a) is not Q(p a), and engines compute the former.
 """
 
 from __future__ import annotations
@@ -16,76 +18,89 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxdist.errors import UserError
-from mxdist.quant.kernels.forms import Form
+from mxdist.quant.kernels.forms import Form, Fp8Matrix
 from mxdist.quant.kernels.gemm import matmul
 from mxdist.quant.kernels.nonfinite import Flag
 from mxdist.quant.kernels.options import Random, options_of
-from mxdist.quant.kernels.permute import gather_rows, sum_copies
-from mxdist.quant.kernels.plan import Gemm, plan
+from mxdist.quant.kernels.permute import without_filling
+from mxdist.quant.kernels.plan import Gemm
+from mxdist.quant.kernels.prepared import HopperWeight
 from mxdist.quant.kernels.quant_experts import ROWS_THERE, SWIGLU, Wanted, quantise_experts
-from mxdist.quant.kernels.quant_tiles import quantise_tiles
-from mxdist.quant.kernels.quant_weight import Fp8Weight, quantise_weight
 from mxdist.quant.kernels.segments import ByColumn, ByRow, Segments
 from mxdist.quant.kernels.swiglu import swiglu_backward
 from mxdist.quant.linear import Shard
 from mxdist.quant.recipe import Operand, Recipe
 from mxdist.quant.reference import NonFinite
 
-BYTES_PAY_FROM = 3
-"""Copies per token from which quantising tokens once and copying bytes beats quantising every copy."""
+Totals = tuple[Sequence[Tensor], Sequence[Tensor]]
+"""float32 tensors [N, K] of W1 and of W2, one for each expert, that gradients are added to."""
 
 
-def prepare_expert_weights(weight: Tensor, recipe: Recipe, nonfinite: NonFinite = "error") -> tuple[Fp8Weight, ...]:
-    """Quantise master weights [E, N, K], once per optimizer step, for `experts_mlp`.
-
-    UserError unless all three GEMMs of the recipe run with 1 x 128 by 128 x 128 scales; `grouped` does others.
-    """
-    chosen = plan(recipe, weight.shape[1], weight.shape[2])
-    if any(part.gemm is not Gemm.BLOCK for part in (chosen.forward, chosen.dgrad, chosen.wgrad)) or recipe.w is None:
-        raise UserError(
-            f"fused experts run in FP8 with 1x128 by 128x128 scales only, which recipe {recipe.name!r} at "
-            f"[{weight.shape[1]}, {weight.shape[2]}] does not allow: use mxdist.quant.kernels.grouped."
-        )
-    operand = recipe.w
-    return tuple(
-        quantise_weight(each.detach(), operand, form=Form.SQUARE, nonfinite=nonfinite) for each in weight.unbind()
-    )
+def fused_experts_lack(weights: Sequence[object], recipe: Recipe, dtype: torch.dtype) -> str | None:
+    """Return why `experts_mlp` does not do experts with these prepared weights, or None when it does."""
+    if dtype != torch.bfloat16:
+        return f"fused experts compute in bfloat16, not in {dtype}"
+    if recipe.x_fwd is not None and recipe.x_fwd.fallback is not None:
+        return "fused experts have no outlier fallback"
+    for weight in weights:
+        if not isinstance(weight, HopperWeight):
+            return "a weight has no FP8 operands"
+        chosen = weight.plan
+        for part in (chosen.forward, chosen.dgrad, chosen.wgrad):
+            if part.gemm is not Gemm.BLOCK:
+                return f"fused experts run with 1x128 by 128x128 scales alone: {part.reason}"
+    return None
 
 
 def experts_mlp(
-    x: Tensor,
-    probabilities: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    prepared: tuple[Sequence[Fp8Weight], Sequence[Fp8Weight]],
+    rows: Tensor,
+    w1: Sequence[Tensor],
+    w2: Sequence[Tensor],
+    prepared: tuple[Sequence[HopperWeight], Sequence[HopperWeight]],
     segments: Segments,
     recipe: Recipe,
     *,
     seed: int | None = None,
     nonfinite: NonFinite = "error",
+    totals: Totals | None = None,
 ) -> Tensor:
-    """Return sum over a token's local experts of p W2 (silu(gate) up), [T, H] bfloat16; gate, up = W1 x.
+    """Return W2 (silu(gate) up) of every row, [rows, H] bfloat16; gate, up = W1 x; W1 and W2 those of its expert.
 
-    x              bfloat16 [T, H], last axis contiguous.
-    probabilities  float32 [T, copies], the routing weights, like the experts that `segments` was made from.
-    w1, w2         master weights [E, 2 F, H] and [E, H, F], which receive the gradients; `prepared` is made from them.
-    seed           needed when gradients are rounded stochastically; expert e draws with seed + e.
+    rows       bfloat16 [rows, H], sorted by expert, last axis contiguous.
+    w1, w2     master weights [2 F, H] and [H, F] of each expert, which receive the gradients.
+    prepared   made from them by `backend.prepare_weight`; `fused_experts_lack` says whether they will do.
+    segments   made for the experts' sizes; experts of no rows and of one are fine.
+    seed       needed when gradients are rounded stochastically; expert e draws with seed + e.
+    totals     gradients of weights are added there, and none come back through w1 and w2.
 
-    Differentiable in x, probabilities, w1 and w2. H and F are multiples of 128.
+    Differentiable in rows, w1 and w2. Never waits for the device unless nonfinite is "error".
     """
-    return _Experts.apply(x, probabilities, w1, w2, _Site(prepared, segments, recipe, seed, nonfinite))
+    sizes = segments.sizes
+    if sum(sizes) != len(rows) or not len(sizes) == len(w1) == len(w2):
+        raise ValueError(f"{len(sizes)} expert sizes adding up to {sum(sizes)} do not fit {len(w1)} experts' rows.")
+    operands = tuple(tuple(_operands(weight) for weight in layer) for layer in prepared)
+    keeps = tuple(torch.is_grad_enabled() and any(w.requires_grad for w in layer) for layer in (w1, w2))
+    site = _Site(operands, segments, recipe, seed, nonfinite, totals, keeps)
+    return _Experts.apply(site, rows, *w1, *w2)
+
+
+def _operands(weight: HopperWeight) -> tuple[Fp8Matrix, Fp8Matrix]:
+    assert weight.forward is not None
+    assert weight.transposed is not None
+    return weight.forward, weight.transposed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Site:
     """What forward and backward share."""
 
-    prepared: tuple[Sequence[Fp8Weight], Sequence[Fp8Weight]]
+    operands: tuple[tuple[tuple[Fp8Matrix, Fp8Matrix], ...], ...]  # by layer and expert: W and W^T
     segments: Segments
     recipe: Recipe
     seed: int | None
     nonfinite: NonFinite
+    totals: Totals | None
+    keeps: tuple[bool, ...]  # by layer, whether gradients of its weights will be asked for
 
     def wanted(self, which: str, layer: int) -> Wanted:
         """The operand called `which` of the first or second linear."""
@@ -103,70 +118,65 @@ class _Site:
             column_form=column_form, flag=flag, **source,
         )  # fmt: skip
 
-    def rows_of(self, tokens: Tensor, flag: Flag) -> ByRow:
-        """The experts' rows of tokens [T, K] for a forward pass alone."""
-        assert self.recipe.x_fwd is not None
-        if not self.recipe.x_fwd.needs_seed and self.segments.rows >= BYTES_PAY_FROM * len(tokens):
-            by_row, _ = quantise_tiles(tokens, self.recipe.x_fwd, nonfinite=self.nonfinite)
-            assert by_row is not None
-            return gather_rows(by_row, self.segments)
-        return self.quantise(tokens, "x_fwd", None, 0, flag)[0]
-
     def multiply(self, rows: ByRow, layer: int, transposed: bool) -> Tensor:
         """Rows times each expert's weight: [rows, N], or [rows, K] with the transposed weight."""
-        weights = [w.transposed if transposed else w.forward for w in self.prepared[layer]]
+        weights = [both[transposed] for both in self.operands[layer]]
         out = torch.empty(rows.data.shape[0], weights[0].rows, dtype=torch.bfloat16, device=rows.data.device)
         for e, size in enumerate(self.segments.sizes):
             if size:
                 matmul(rows.expert(self.segments, e), weights[e], out=out[self.segments.span(e)])
         return out
 
-    def weight_gradient(self, dy: ByColumn, x: ByColumn, like: Tensor) -> Tensor:
-        """Every expert's dY^T X, of the master weight's dtype."""
-        dw = torch.empty_like(like)
+    def weight_gradients(self, dy: ByColumn, x: ByColumn, layer: int, dtype: torch.dtype) -> list[Tensor | None]:
+        """Every expert's dY^T X, of the master weights' dtype; or added to the totals, one at a time."""
+        outputs, inputs = self.operands[layer][0][0].rows, self.operands[layer][0][1].rows
+        totals = None if self.totals is None else self.totals[layer]
+        gradients: list[Tensor | None] = []
+        scratch = torch.empty(outputs, inputs, dtype=dtype, device=dy.data.device) if totals is not None else None
         for e, size in enumerate(self.segments.sizes):
             if size:
-                matmul(dy.expert(self.segments, e), x.expert(self.segments, e), dw.dtype, dw[e])
-            else:
-                dw[e].zero_()
-        return dw
+                dw = matmul(dy.expert(self.segments, e), x.expert(self.segments, e), dtype, scratch)
+                if totals is not None:
+                    totals[e].add_(dw)
+            elif totals is None:
+                dw = torch.zeros(outputs, inputs, dtype=dtype, device=dy.data.device)
+            gradients.append(None if totals is not None else dw)
+        return gradients
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, probabilities: Tensor, w1: Tensor, w2: Tensor, site: _Site) -> Tensor:
-        flag, segments = Flag(x.device, site.nonfinite), site.segments
-        p = segments.spread(probabilities)
-        columns_1 = columns_2 = None
-        if ctx.needs_input_grad[2]:
-            rows, columns_1 = site.quantise(x, "x_fwd", "x_wgrad", 0, flag, Form.SQUARE)
-        else:
-            rows = site.rows_of(x, flag)
-        h = site.multiply(rows, 0, transposed=False)
-        column = "x_wgrad" if ctx.needs_input_grad[3] else None
-        a, columns_2 = site.quantise(h, "x_fwd", column, 1, flag, Form.SQUARE, source=SWIGLU, probabilities=p)
+    def forward(ctx: Any, site: _Site, rows: Tensor, *weights: Tensor) -> Tensor:
+        flag, segments = Flag(rows.device, site.nonfinite), site.segments
+        column_1, column_2 = ("x_wgrad" if keeps else None for keeps in site.keeps)
+        x, columns_1 = site.quantise(rows, "x_fwd", column_1, 0, flag, Form.SQUARE)
+        h = site.multiply(x, 0, transposed=False)
+        a, columns_2 = site.quantise(h, "x_fwd", column_2, 1, flag, Form.SQUARE, source=SWIGLU)
         y = site.multiply(a, 1, transposed=False)
-        flag.raise_if_set(x, "expert input")
-        ctx.save_for_backward(p, h, w1, w2)
-        ctx.site, ctx.columns = site, (columns_1, columns_2)
-        return sum_copies(y, segments)
+        flag.raise_if_set(rows, "expert input")
+        ctx.save_for_backward(h)
+        ctx.site, ctx.columns, ctx.dtype = site, (columns_1, columns_2), weights[0].dtype
+        return without_filling(y, segments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         site: _Site = ctx.site
-        segments, flag = site.segments, Flag(grads[0].device, site.nonfinite)
-        p, h, w1, w2 = ctx.saved_tensors
-        want_x, want_p, want_1, want_2, _ = ctx.needs_input_grad
+        flag = Flag(grads[0].device, site.nonfinite)
+        (h,) = ctx.saved_tensors
+        columns_1, columns_2 = ctx.columns
         dy = grads[0].contiguous()
-        dx = dw1 = dw2 = None
-        rows, columns = site.quantise(dy, "dy_dgrad", "dy_wgrad" if want_2 else None, 1, flag)
-        if columns:
-            dw2 = site.weight_gradient(columns, ctx.columns[1], w2)
-        dh, dp = swiglu_backward(site.multiply(rows, 1, transposed=True), h, p)
-        rows, columns = site.quantise(dh, "dy_dgrad", "dy_wgrad" if want_1 else None, 0, flag, source=ROWS_THERE)
-        if columns:
-            dw1 = site.weight_gradient(columns, ctx.columns[0], w1)
-        if want_x:
-            dx = sum_copies(site.multiply(rows, 0, transposed=True), segments)
+        dw1: list[Tensor | None] = [None] * len(site.segments.sizes)
+        dw2, dx = dw1, None
+        rows, columns = site.quantise(dy, "dy_dgrad", "dy_wgrad" if columns_2 else None, 1, flag)
+        if columns and columns_2:
+            dw2 = site.weight_gradients(columns, columns_2, 1, ctx.dtype)
+        dh = swiglu_backward(site.multiply(rows, 1, transposed=True), h)
+        rows, columns = site.quantise(
+            dh, "dy_dgrad", "dy_wgrad" if columns_1 else None, 0, flag, source=ROWS_THERE
+        )  # fmt: skip
+        if columns and columns_1:
+            dw1 = site.weight_gradients(columns, columns_1, 0, ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            dx = without_filling(site.multiply(rows, 0, transposed=True), site.segments)
         flag.raise_if_set(dy, "expert gradient")
-        return dx, segments.collect(dp) if want_p else None, dw1, dw2, None
+        return None, dx, *dw1, *dw2

@@ -1,8 +1,8 @@
 """Quantise what the GEMMs of experts read along both axes, fused with what produces it: one launch for all experts.
 
-    tokens   copies of tokens, straight from the tokens: the permutation never exists in bfloat16
-    rows     rows that are there already
-    swiglu   p silu(gate) up, from the first GEMM's output; computed in float32 and quantised without being rounded
+    tokens   rows as they came, filled up on the way: those that fill up never exist in bfloat16
+    rows     rows that are filled up already
+    swiglu   silu(gate) up, from the first GEMM's output; rounded as bfloat16 on its way, but never written
 
 SwiGLU's backward is a kernel of its own that writes bfloat16: fused with its quantisers it was slower (1.03 ms against
 0.98 ms for 262,144 rows of 768 on an H200), for want of registers.
@@ -24,23 +24,18 @@ from mxdist.quant.kernels.piece import quantise_piece
 from mxdist.quant.kernels.quant_both import RANDOM_SHAPE, SHAPE
 from mxdist.quant.kernels.runs import GIVEN, TILES, quantise_runs, rotate_runs
 from mxdist.quant.kernels.segments import ByColumn, ByRow, Segments
+from mxdist.quant.kernels.swiglu import swiglu
 
 TOKENS, ROWS_THERE, SWIGLU = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def swiglu(gate, up, probability):
-    """p silu(gate) up, float32."""
-    return gate / (1.0 + tl.exp(-gate)) * up * probability
-
-
-@triton.jit
 def _produce(x, x_stride, map, r, c, half, SOURCE: tl.constexpr):
-    """Rows r and columns c: of tokens, map being int32 tokens; of rows; or of SwiGLU in float32, map being p."""
+    """Rows r and columns c: of tokens, map being int32 tokens; of rows; or of SwiGLU in float32."""
     if SOURCE == SWIGLU:
         at = x + r.to(tl.int64)[:, None] * x_stride + c[None, :]
         gate, up = tl.load(at).to(tl.float32), tl.load(at + half).to(tl.float32)
-        values = swiglu(gate, up, tl.load(map + r)[:, None])
+        values = swiglu(gate, up)
     elif SOURCE == TOKENS:
         token = tl.load(map + r)
         at = x + token.to(tl.int64)[:, None] * x_stride + c[None, :]
@@ -104,7 +99,6 @@ def quantise_experts(
     segments: Segments,
     *,
     source: tl.constexpr = TOKENS,
-    probabilities: Tensor | None = None,
     row: Wanted,
     column: Wanted | None = None,
     column_form: Form = Form.TILE,
@@ -112,8 +106,8 @@ def quantise_experts(
 ) -> tuple[ByRow, ByColumn | None]:
     """Quantise the experts' rows along K as `row` says and, unless `column` is None, along tokens as it says.
 
-    x              bfloat16: tokens [T, K] for TOKENS, rows [rows, K] for ROWS_THERE, and for SWIGLU the first GEMM's
-                   output [rows, 2 K], gate before up, with `probabilities` float32 [rows]. K is a multiple of 128.
+    x              bfloat16: rows as they came [R, K] for TOKENS, filled up [rows, K] for ROWS_THERE, and for SWIGLU the
+                   first GEMM's output [rows, 2 K], gate before up. K is a multiple of 128.
     column_form    TILE, or SQUARE; a square's unit is the largest of its rows'.
     """
     k = x.shape[1] // 2 if source == SWIGLU else x.shape[1]
@@ -126,7 +120,7 @@ def quantise_experts(
     # Rows rounded by a rule that saturates may have units one binade below what the columns' rule asks for.
     margin = int(row.options.carry < other.options.carry)
     _kernel[(k // TILE, len(segments.table))](
-        x, x.stride(0), probabilities if source == SWIGLU else segments.source, k, segments.table, k,
+        x, x.stride(0), segments.source, k, segments.table, k,
         by_row.data, by_row.scale, by_column and by_column.data, by_column and by_column.scale, margin, flag.pointer,
         row.random.seed, row.random.stream, other.random.seed, other.random.stream,
         SOURCE=source, BY_COLUMN=column is not None, SQUARES=column_form is Form.SQUARE,

@@ -10,8 +10,8 @@ GEMM's operand is aligned. Rows that fill up hold zeros. Matrices over these row
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,15 +22,15 @@ from mxdist.quant.kernels.forms import Form, Fp8Matrix
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segments:
-    """The layout of one batch of tokens over the local experts.
+    """The layout of one batch of rows over the local experts.
 
     sizes    rows of each expert
     first    its first tile, in tiles from the start
     tiles    its number of tiles
     fourths  like first, with every expert's tiles filled up to a multiple of four
     table    int32 [tiles, 5], on the device: of every tile its expert's first, tiles, fourths, number and size
-    source   int32 [rows]: the token that a row is a copy of, -1 for a row that fills up
-    slots    int32 [tokens, copies]: the row of each copy of a token, -1 where its expert is not here
+    source   int32 [rows]: where each row stands among those without filling, -1 for a row that fills up
+    slots    int32 [R]: the inverse, the row of each of those without filling
     """
 
     sizes: tuple[int, ...]
@@ -42,32 +42,26 @@ class Segments:
     slots: Tensor
 
     @classmethod
-    def of(cls, experts: Tensor, count: int) -> Segments:
-        """Return the layout for the chosen experts int [tokens, copies], 0..count - 1; others are not here.
-
-        Waits for the device once, for the sizes.
-        """
-        flat = experts.flatten()
-        here = (flat >= 0) & (flat < count)
-        order = torch.where(here, flat, count).argsort(stable=True)
-        sizes = tuple(torch.bincount(flat[here], minlength=count).tolist())
-        tiles = tuple(-(-size // TILE) for size in sizes)
-        first = tuple(accumulate(tiles, initial=0))[:-1]
-        fourths = tuple(accumulate((-(-n // 4) * 4 for n in tiles), initial=0))[:-1]
-        lines = [
-            (first[e], tiles[e], fourths[e], e, sizes[e]) for e in range(count) for _ in range(tiles[e])
-        ]  # fmt: skip
-        device, rows = experts.device, sum(sizes)
-        order = order[:rows]
-        chosen = flat[order]
-        start = torch.tensor((0, *accumulate(sizes)), device=device)[chosen]
-        slot = torch.tensor((*first, 0), device=device)[chosen] * TILE + torch.arange(rows, device=device) - start
-        source = torch.full((sum(tiles) * TILE,), -1, dtype=torch.int32, device=device)
-        source[slot] = (order // experts.shape[1]).to(torch.int32)
-        slots = torch.full(flat.shape, -1, dtype=torch.int32, device=device)
-        slots[order] = slot.to(torch.int32)
-        table = torch.tensor(lines, dtype=torch.int32, device=device).view(-1, 5)
-        return cls(sizes, first, tiles, fourths, table, source, slots.view(experts.shape))
+    def of_sizes(cls, sizes: Sequence[int], device: torch.device) -> Segments:
+        """Return the layout of R rows, sorted by expert, `sizes` of each on the host. Never waits for the device."""
+        count = torch.tensor(sizes, dtype=torch.int64)
+        tiles = -(-count // TILE)
+        first, fourths, start = (_before(each) for each in (tiles, -(-tiles // 4) * 4, count))
+        expert = torch.arange(len(sizes)).repeat_interleave(tiles)
+        columns = (first[expert], tiles[expert], fourths[expert], expert, count[expert], start[expert])
+        on_device = sent(torch.stack(columns, 1).to(torch.int32), device)  # [tiles, 6]
+        table = on_device[:, :5].contiguous()
+        within = TILE * (torch.arange(len(expert), device=device) - on_device[:, 0])[:, None]  # row in its expert
+        within = within + torch.arange(TILE, device=device)
+        source = torch.where(within < on_device[:, 4:5], on_device[:, 5:] + within, -1).flatten().to(torch.int32)
+        rows = int(count.sum())
+        slots = torch.empty(rows + 1, dtype=torch.int32, device=device)  # the last is for rows that fill up
+        places = torch.arange(len(source), dtype=torch.int32, device=device)
+        slots.scatter_(0, torch.where(source < 0, rows, source).long(), places)
+        return cls(
+            tuple(sizes), tuple(first.tolist()), tuple(tiles.tolist()), tuple(fourths.tolist()), table, source,
+            slots[:-1],
+        )  # fmt: skip
 
     @property
     def rows(self) -> int:
@@ -79,15 +73,15 @@ class Segments:
         start = TILE * self.first[expert]
         return slice(start, start + TILE * self.tiles[expert])
 
-    def spread(self, values: Tensor) -> Tensor:
-        """Return float32 [rows] of values [tokens, copies]: each copy's at its row, 0 elsewhere."""
-        out = torch.zeros(self.rows + 1, dtype=torch.float32, device=values.device)  # the last is for copies elsewhere
-        return out.scatter_(0, self.slots.flatten().long() % (self.rows + 1), values.flatten().float())[:-1]
 
-    def collect(self, values: Tensor) -> Tensor:
-        """Return [tokens, copies] of values [rows]: inverse of `spread`, 0 for copies elsewhere."""
-        padded = torch.cat((values, values.new_zeros(1)))
-        return padded[self.slots.long()]
+def _before(counts: Tensor) -> Tensor:
+    """Of each the sum of those before it."""
+    return counts.cumsum(0) - counts
+
+
+def sent(host: Tensor, device: torch.device) -> Tensor:
+    """A small tensor on the device, without waiting for what the device is doing."""
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,43 +1,86 @@
-"""The backward pass of p silu(gate) up, in one kernel."""
+"""SwiGLU, silu(gate) up, forward and backward, each in one kernel; rows are [gate, up]."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mxdist.quant.kernels.device import INTERPRETED
+
 
 @triton.jit
-def swiglu_gradients(gradient, gate, up, probability):
-    """The gradients by gate and by up, and every element's share of that by p, float32."""
+def as_bfloat16(x):
+    """float32 x as bfloat16 holds it, in float32; the interpreter's own cast cuts bits off."""
+    if INTERPRETED:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def swiglu(gate, up):
+    """silu(gate) up as `F.silu(gate) * up` gives it in bfloat16, which rounds twice; float32 in, float32 out."""
+    return as_bfloat16(as_bfloat16(gate / (1.0 + tl.exp(-gate))) * up)
+
+
+@triton.jit
+def swiglu_gradients(gradient, gate, up):
+    """The gradients by gate and by up, float32."""
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     silu = gate * sigmoid
-    share = gradient * silu * up
-    gradient = gradient * probability
-    return gradient * up * (sigmoid + silu * (1.0 - sigmoid)), gradient * silu, share
+    return gradient * up * (sigmoid + silu * (1.0 - sigmoid)), gradient * silu
 
 
 @triton.jit
-def _kernel(gradient, h, p, out, dp, half, COLS: tl.constexpr):
+def _forward_kernel(h, out, half, COLS: tl.constexpr):
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, COLS)
+    inside = c < half
+    at = h + row * 2 * half + c
+    gate, up = tl.load(at, mask=inside).to(tl.float32), tl.load(at + half, mask=inside).to(tl.float32)
+    tl.store(out + row * half + c, swiglu(gate, up), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(gradient, h, out, half, COLS: tl.constexpr):
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, COLS)
     inside = c < half
     at = h + row * 2 * half + c
     gate, up = tl.load(at, mask=inside).to(tl.float32), tl.load(at + half, mask=inside).to(tl.float32)
     value = tl.load(gradient + row * half + c, mask=inside, other=0.0).to(tl.float32)
-    by_gate, by_up, share = swiglu_gradients(value, gate, up, tl.load(p + row))
-    tl.store(out + row * 2 * half + c, by_gate, mask=inside)
-    tl.store(out + row * 2 * half + half + c, by_up, mask=inside)
-    tl.store(dp + row, tl.sum(tl.where(inside, share, 0.0)))
+    by_gate, by_up = swiglu_gradients(value, gate, up)
+    tl.store(out + row * 2 * half + c, as_bfloat16(by_gate), mask=inside)
+    tl.store(out + row * 2 * half + half + c, as_bfloat16(by_up), mask=inside)
 
 
-def swiglu_backward(gradient: Tensor, h: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients by h [rows, 2 K], gate before up, of h's dtype, and by the probabilities, float32 [rows].
+def swiglu_backward(gradient: Tensor, h: Tensor) -> Tensor:
+    """Return the gradient by h, bfloat16 [rows, 2 K], gate before up.
 
-    gradient  [rows, K], contiguous, by p silu(gate) up; computed in float32 and rounded once.
+    gradient  bfloat16 [rows, K], contiguous, by silu(gate) up; computed in float32 and rounded once.
     """
-    out, dp = torch.empty_like(h), torch.empty_like(probabilities)
+    out = torch.empty_like(h)
     rows, k = gradient.shape
     if rows:
-        _kernel[(rows,)](gradient, h, probabilities, out, dp, k, COLS=triton.next_power_of_2(k))
-    return out, dp
+        _backward_kernel[(rows,)](gradient, h, out, k, COLS=triton.next_power_of_2(k))
+    return out
+
+
+class Swiglu(torch.autograd.Function):
+    """silu(gate) up of h, bfloat16 [rows, 2 K], contiguous; gate comes before up."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        rows, k = h.shape[0], h.shape[1] // 2
+        out = torch.empty(rows, k, dtype=h.dtype, device=h.device)
+        if rows:
+            _forward_kernel[(rows,)](h, out, k, COLS=triton.next_power_of_2(k))
+        ctx.save_for_backward(h)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return swiglu_backward(grads[0].contiguous(), ctx.saved_tensors[0])

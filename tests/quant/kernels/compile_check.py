@@ -26,6 +26,7 @@ from mxdist.quant.kernels import (
     dot_scaled,
     groups,
     packed,
+    permute,
     quant_both,
     quant_experts,
     quant_halves,
@@ -36,6 +37,7 @@ from mxdist.quant.kernels import (
     quant_terms,
     quant_tiles,
     quant_weight,
+    swiglu,
     terms,
     unpack,
 )
@@ -43,7 +45,7 @@ from mxdist.quant.kernels import (
 CEIL = 0x3FFFFF
 POINTERS = {
     "x_pointer": "*bf16", "w": "*bf16", "flag": "*i32", "reference": "*i32", "data": "*fp8e4nv", "data_t": "*fp8e4nv",
-    "scale": "*fp32", "scale_t": "*fp32", "x": "*bf16", "map": "*fp32", "table": "*i32",
+    "scale": "*fp32", "scale_t": "*fp32", "x": "*bf16", "map": "*i32", "table": "*i32",
     "counts": "*i64", "units": "*fp32", "bias": "*bf16",
     "partial": "*fp32", "finished": "*i32",
     "code_bytes": "*u8", "residual_bytes": "*u8",
@@ -52,6 +54,7 @@ POINTERS = {
     "c": "*bf16", "weight": "*bf16", "inverse": "*fp32", "out": "*fp32",
     "x_words": "*i32", "data_halves": "*i16", "data_t_words": "*i32",
     "buffer": "*i16", "pieces": "*i64", "sums": "*i64",
+    "h": "*bf16", "gradient": "*bf16", "filled": "*bf16",
 }  # fmt: skip
 NUMBERS = {"alpha": "fp32", "epsilon": "fp32", "threshold": "fp32", "seed": "i64", "seed_t": "i64"}
 
@@ -84,6 +87,9 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     experts = both | {"BY_COLUMN": True, "HADAMARD_T": False}
     for name, source in (("tokens", quant_experts.TOKENS), ("swiglu", quant_experts.SWIGLU)):
         yield f"experts, {name}", quant_experts._kernel, experts | {"SOURCE": source}, quant_both.SHAPE[2]
+    yield "swiglu", swiglu._forward_kernel, {"COLS": 1024}, 4
+    yield "swiglu, backward", swiglu._backward_kernel, {"COLS": 1024}, 4
+    yield "without filling", permute._kernel, {"COLS": 2048}, 4
     yield "weight", quant_weight._kernel, plain | {"SQUARE": False, "WHOLE": False, "FOLDED": False}, 8
     yield "weight, folded", quant_weight._kernel, plain | {"SQUARE": False, "WHOLE": False, "FOLDED": True}, 8
     rows, warps = quant_terms.SHAPE
