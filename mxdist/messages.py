@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 TensorKind = Literal["mx", "dense"]
+Transport = Literal["host", "ipc"]
 BucketKind = Literal["codes", "scales", "bytes", "float32", "bfloat16"]
 BUCKET_DTYPES: dict[BucketKind, np.dtype[Any]] = {
     "codes": np.dtype(np.uint8),
@@ -290,6 +291,7 @@ class WeightPayload:
     manifest: Manifest = field(repr=False)
     checksums: np.ndarray = field(repr=False)  # uint64 [len(manifest.checked)], of what the learner computes with
     buckets: tuple[np.ndarray, ...] | SharedBuckets = field(repr=False)  # uint8 [nbytes] each
+    seconds: float = 0.0  # that the rank took to make it
 
     @property
     def nbytes(self) -> int:

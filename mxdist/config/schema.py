@@ -313,6 +313,17 @@ class RolloutConfig(Section):
     gpus_per_worker: float = Field(0.0, ge=0)
 
 
+class SyncConfig(Section):
+    """How new weights come from the learner to the engines."""
+
+    transport: Literal["auto", "host", "ipc"] = Field(
+        "auto",
+        description="ipc: engines copy from buckets that stay on the learner's GPUs, rollout.max_lag + 1 versions of "
+        "them (CUDA IPC; GPUs of one host). host: through Ray's object store, over any network. auto: ipc on a machine "
+        "where it works, otherwise host.",
+    )
+
+
 class RewardConfig(Section):
     workers: PositiveInt = 1
 
@@ -403,6 +414,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     learner: LearnerConfig = LearnerConfig()
     rollout: RolloutConfig = RolloutConfig()
+    sync: SyncConfig = SyncConfig()
     reward: RewardConfig = RewardConfig()
     aqn: AqnConfig = AqnConfig()
     guards: GuardConfig = GuardConfig()

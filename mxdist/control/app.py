@@ -137,7 +137,7 @@ class _Session:
                 learners=system.learners,
                 pool=system.pool,
                 rewards=system.rewards,
-                sync=WeightSync(system.learners, system.pool, config),
+                sync=WeightSync(system.learners, system.pool, system.transport, config),
                 collector=self._collector,
                 aqn=aqn,
                 checkpoints=checkpoints,

@@ -102,7 +102,7 @@ def _answers(subject: _Subject, variant: Config, decoding: Decoding, console: Co
     with running(variant, subject.task, subject.path, console, goes_on) as system:
         if subject.learner_folder is not None:
             system.learners.load(subject.learner_folder)
-        sync = WeightSync(system.learners, system.pool, variant)
+        sync = WeightSync(system.learners, system.pool, system.transport, variant)
         sync.push(subject.step)
         sync.check_all()
         console.working(f"answering {problems} problems")

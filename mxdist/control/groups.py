@@ -20,6 +20,7 @@ from mxdist.messages import (
     RolloutResult,
     SamplingSettings,
     TrainBatch,
+    Transport,
     UpdateReport,
 )
 
@@ -46,9 +47,9 @@ class LearnerGroup:
         pending = self._all(doing, "update", ray.put(batch), algorithm, lr, watch, trace)
         return wait_for(pending, self._deadlines.update, "update")
 
-    def export(self, version: int) -> list[Pending]:
-        """Each rank's payload stays in Ray's object store; the references go to the engines."""
-        return self._all(f"export of weights version {version}", "export", version)
+    def export(self, version: int, transport: Transport = "host") -> list[Pending]:
+        """Each rank's payload stays in Ray's object store, or on its GPU; the references go to the engines."""
+        return self._all(f"export of weights version {version}", "export", version, transport)
 
     def save(self, directory: Path) -> None:
         wait_for(self._all("checkpoint", "save", directory), self._deadlines.checkpoint, "checkpoint")

@@ -10,6 +10,7 @@ Before anything that did not answer is ended, the stacks of all processes are wr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from mxdist.config import Config
@@ -53,6 +54,12 @@ class Worker:
         dismiss(self._process)
         self._process = self._start()
         again = [call for call in self._calls if call.lasting or not succeeded(call.pending)]
+        # State that the very next call sets anew is not needed, and what it was set from may be no more.
+        again = [
+            call
+            for call, following in zip_longest(again, again[1:])
+            if not (call.finished and following is not None and call.lasting and call.lasting == following.lasting)
+        ]
         for call in again:
             call.pending = call.send(self._process)
         return [call for call in again if call.finished]

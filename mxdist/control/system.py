@@ -11,7 +11,7 @@ from mxdist.config import Config
 from mxdist.config.hf_config import model_directory
 from mxdist.control.collect import RewardPool
 from mxdist.control.groups import LearnerGroup, RolloutPool
-from mxdist.control.nodes import require_same_nodes
+from mxdist.control.nodes import alive_nodes, require_same_nodes
 from mxdist.control.placement import LearnerPlacement
 from mxdist.control.processes import LEARNER_NAME, start_learners, start_ray
 from mxdist.control.roster import Roster
@@ -19,7 +19,7 @@ from mxdist.control.supervisor import Supervisor
 from mxdist.control.waits import wait_for
 from mxdist.control.workers import reward_workers, rollout_workers
 from mxdist.errors import ProcessFailure
-from mxdist.messages import EngineReport, LearnerReport
+from mxdist.messages import EngineReport, LearnerReport, Transport
 from mxdist.model.checkpoint_contents import open_checkpoint
 from mxdist.model.linear_names import linear_names
 from mxdist.model.recipes import ModelRecipes, model_recipes
@@ -27,6 +27,7 @@ from mxdist.model.shape import ModelShape
 from mxdist.observe.console import Console
 from mxdist.observe.module_names import compact_names
 from mxdist.sync.parity import compare_modules
+from mxdist.sync.shared import choose_transport
 from mxdist.tasks.base import Task
 
 
@@ -41,6 +42,7 @@ class System:
     rewards: RewardPool
     supervisor: Supervisor
     placement: LearnerPlacement
+    transport: Transport  # of weight syncs
 
     def restart_learners(self, goes_on: bool) -> None:
         """Replace every learner rank; what the other processes have under way is of no interest any more.
@@ -86,7 +88,8 @@ def running(config: Config, task: Task, run_path: Path, console: Console, goes_o
         learners, learner_reports = _start_learners(_for_learners(config, goes_on), shape, supervisor, placement)
         engine_reports: list[EngineReport] = pool.wait(engines_starting, config.deadlines.start, "start")
         _agree_on_modules(config, learner_reports, engine_reports, console)
-        yield System(config, shape, learners, pool, rewards, supervisor, placement)
+        transport = _agree_on_transport(config, learner_reports, engine_reports, console)
+        yield System(config, shape, learners, pool, rewards, supervisor, placement, transport)
     except ProcessFailure as failure:
         raise supervisor.stop(failure) from failure
     finally:
@@ -143,6 +146,17 @@ def _agree_on_modules(
     ]
     console.note(f"resident memory: {', '.join(memory)}")
     console.note(f"noise goes to {len(engines[0].noise_modules)} norms: {compact_names(engines[0].noise_modules)}")
+
+
+def _agree_on_transport(
+    config: Config, learners: list[LearnerReport], engines: list[EngineReport], console: Console
+) -> Transport:
+    places = {f"learner rank {report.rank}": report.device for report in learners}
+    places |= {f"rollout worker {index}": report.device for index, report in enumerate(engines)}
+    transport = choose_transport(config.sync.transport, places, len(alive_nodes()))
+    through = {"host": "Ray's object store", "ipc": "buckets on the learner's GPUs (CUDA IPC)"}[transport]
+    console.note(f"weights go through {through}")
+    return transport
 
 
 def _by_recipe(quantised: Sequence[str], recipes: ModelRecipes) -> Iterator[tuple[str, list[str]]]:

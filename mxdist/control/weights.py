@@ -9,9 +9,9 @@ from mxdist.config import Config
 from mxdist.control.groups import LearnerGroup, RolloutPool
 from mxdist.control.supervisor import Call
 from mxdist.control.waits import Pending, wait_for
-from mxdist.messages import WeightPayload
+from mxdist.messages import Transport, WeightPayload
 from mxdist.sync.parity import compare_checksums
-from mxdist.sync.payload import learner_checksums
+from mxdist.sync.payload import PartSums, learner_checksums
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,10 @@ class WeightSync:
     """Pushes weights and checks every push. With ``rollout.max_lag`` k an engine first finishes the batches that were
     submitted before a push, so up to k pushes are open at a time."""
 
-    def __init__(self, learners: LearnerGroup, pool: RolloutPool, config: Config) -> None:
+    def __init__(self, learners: LearnerGroup, pool: RolloutPool, transport: Transport, config: Config) -> None:
         self._learners = learners
         self._pool = pool
+        self._transport = transport
         self._deadlines = config.deadlines
         self._max_lag = config.rollout.max_lag
         self._open: deque[_Push] = deque()
@@ -36,7 +37,7 @@ class WeightSync:
     def push(self, version: int) -> None:
         """Start the sync of ``version``. Engines take it when they have finished what was submitted before."""
         started = time.monotonic()
-        payloads = self._learners.export(version)
+        payloads = self._learners.export(version, self._transport)
         loads = self._pool.load_weights([call.ref for call in payloads], version)
         self._open.append(_Push(version, payloads, loads, started))
 
@@ -60,12 +61,17 @@ class WeightSync:
         expected = learner_checksums(payloads)
         # Behind batches that are still being sampled, the wait is theirs as well.
         patience = self._deadlines.sync + self._max_lag * self._deadlines.rollout
-        engines = self._pool.wait(push.loads, patience, "sync")
+        engines: list[PartSums] = self._pool.wait(push.loads, patience, "sync")
         for found in engines:
             compare_checksums(expected, found)
         return {
             "sync/bytes": float(sum(payload.nbytes for payload in payloads)),
             "sync/seconds": time.monotonic() - push.started,
+            "sync/export_seconds": max(payload.seconds for payload in payloads),
+            **{
+                f"sync/{phase}_seconds": max(found.seconds[phase] for found in engines)
+                for phase in ("check", "copy", "parity")
+            },
             "sync/version": float(push.version),
             "parity/checked_tensors": float(len(expected) * len(engines)),  # a difference has raised above
         }

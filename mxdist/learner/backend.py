@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mxdist.config.schema import Config
-from mxdist.messages import WeightPayload
+from mxdist.messages import Transport, WeightPayload
 from mxdist.model.recipes import ModelRecipes
 from mxdist.model.shape import ModelShape
 
 if TYPE_CHECKING:
     from mxdist.learner.policy import Policy
     from mxdist.model.hf_tensors import HfTensor
-    from mxdist.sync.outgoing import Transport
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Backend(ABC):
         """Those of ``tensors`` that this rank sends, each readable until the next is asked for."""
 
     @abstractmethod
-    def export(self, recipes: ModelRecipes, version: int, transport: "Transport") -> WeightPayload:
+    def export(self, recipes: ModelRecipes, version: int, transport: Transport) -> WeightPayload:
         """What this rank owns; the payloads of all ranks hold every Hugging Face tensor exactly once, whole."""
 
     @abstractmethod

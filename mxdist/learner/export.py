@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from mxdist.messages import Manifest, TensorPlace, WeightPayload
+from mxdist.messages import Manifest, TensorPlace, Transport, WeightPayload
 from mxdist.model.hf_tensors import HfTensor
 from mxdist.model.quantised_weight import QuantisedWeight
 from mxdist.model.recipes import ModelRecipes
 from mxdist.quant.tensor import MXTensor, part_shapes
 from mxdist.sync.checks import DTYPES
 from mxdist.sync.layout import VALUES, Outline, arrange, bytes_kind, in_matrix_order
-from mxdist.sync.outgoing import Copies, Outgoing, Transport
+from mxdist.sync.outgoing import Copies, Outgoing
 from mxdist.sync.payload import part_checksum
 
 

@@ -11,7 +11,7 @@ from mxdist.learner import checkpoint, parallel
 from mxdist.learner.backend import Backend
 from mxdist.learner.export import Exporter
 from mxdist.learner.megatron_policy import MegatronPolicy
-from mxdist.messages import WeightPayload
+from mxdist.messages import Transport, WeightPayload
 from mxdist.model.draws import GradientDraws
 from mxdist.model.gpt import build_gpt
 from mxdist.model.hf_tensors import HfTensor, initialise, set_up_linears
@@ -19,7 +19,7 @@ from mxdist.model.loading import load_checkpoint
 from mxdist.model.recipes import ModelRecipes
 from mxdist.model.shape import ModelShape
 from mxdist.model.weights import hf_tensors
-from mxdist.sync.outgoing import Outgoing, Transport
+from mxdist.sync.outgoing import Outgoing
 
 
 class MegatronBackend(Backend):

@@ -21,7 +21,7 @@ from mxdist.errors import NotFinite
 from mxdist.learner.losses import get_objective
 from mxdist.learner.microbatches import MicroBatch, micro_batches, optimizer_batches, padding_saved, rejoin
 from mxdist.learner.trace import traced
-from mxdist.messages import EntropyStatistics, LearnerReport, Mean, TrainBatch, UpdateReport, WeightPayload
+from mxdist.messages import EntropyStatistics, LearnerReport, Mean, TrainBatch, Transport, UpdateReport, WeightPayload
 from mxdist.model.linear_names import linear_names
 from mxdist.model.recipes import model_recipes
 from mxdist.model.shape import ModelShape
@@ -29,7 +29,6 @@ from mxdist.observe.usage import process_usage
 
 if TYPE_CHECKING:
     from mxdist.learner.policy import Scored
-    from mxdist.sync.outgoing import Transport
 
 NOTHING = Mean(0.0, 0.0)
 
@@ -179,7 +178,7 @@ class LearnerWorker:
         with _timed(seconds, "telemetry"):
             means |= telemetry.after_step()
 
-    def export(self, version: int, transport: "Transport" = "host") -> WeightPayload:
+    def export(self, version: int, transport: Transport = "host") -> WeightPayload:
         """The tensors that this rank owns, quantised ones as the packed parts of what the forward pass uses."""
         payload = self._backend.export(self.recipes, version, transport)
         if self.config.rollout.sleep:

@@ -16,7 +16,7 @@ from mxdist.learner.backend import Backend, Place
 from mxdist.learner.export import Exporter
 from mxdist.learner.rendezvous import join
 from mxdist.learner.zero_policy import ZeroPolicy, engine_settings
-from mxdist.messages import WeightPayload
+from mxdist.messages import Transport, WeightPayload
 from mxdist.model.divided_weights import DividedMxLinear, DividedTensor
 from mxdist.model.draws import GradientDraws
 from mxdist.model.hf_tensors import HfTensor, initialise, set_up_linears
@@ -24,7 +24,7 @@ from mxdist.model.loading import load_checkpoint
 from mxdist.model.recipes import ModelRecipes
 from mxdist.model.shape import ModelShape
 from mxdist.model.transformers_model import MxLinear, build_transformers, hf_tensors, replace_linears
-from mxdist.sync.outgoing import Outgoing, Transport
+from mxdist.sync.outgoing import Outgoing
 
 
 class ZeroBackend(Backend):

@@ -4,20 +4,19 @@ host    the bytes, in numpy arrays that Ray carries through its object store; fr
 ipc     handles of buckets that stay on the GPU (``shared``)
 """
 
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mxdist.messages import Manifest, SharedBuckets, WeightPayload
+from mxdist.messages import Manifest, SharedBuckets, Transport, WeightPayload
 from mxdist.sync.checks import bucket_sums, sums_of_bucket
 from mxdist.sync.shared import handle_of
 
-Transport = Literal["host", "ipc"]
 _WIDE = 8  # bytes that are copied as one number where everything allows it
 
 
@@ -49,6 +48,7 @@ class Outgoing:
 
     def begin(self, manifest: Manifest, transport: Transport) -> list[Tensor]:
         """Buckets to be filled: new ones on a CPU, on a GPU those that have been used the longest ago."""
+        self._started = time.perf_counter()
         self._manifest, self._transport = manifest, transport
         if self.device.type == "cpu":
             self._buckets = self._new()
@@ -73,9 +73,9 @@ class Outgoing:
         if sums:
             positions = np.concatenate([of_bucket.positions for of_bucket in wanted])
             checksums[positions] = torch.cat(sums).cpu().numpy().view(np.uint64)  # waits for all that went before
-        if self._transport == "ipc":
-            return WeightPayload(version, recipes, self._manifest, checksums, self._shared())
-        return WeightPayload(version, recipes, self._manifest, checksums, self._on_host())
+        buckets = self._shared() if self._transport == "ipc" else self._on_host()
+        seconds = time.perf_counter() - self._started
+        return WeightPayload(version, recipes, self._manifest, checksums, buckets, seconds)
 
     def _new(self) -> _Buckets:
         tensors = [

@@ -9,14 +9,14 @@ import inspect
 import os
 import pickle
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mxdist.errors import ProcessDied, RunStopped
-from mxdist.messages import DevicePlace, SharedBuckets
+from mxdist.errors import ProcessDied, RunStopped, UserError
+from mxdist.messages import DevicePlace, SharedBuckets, Transport
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -32,6 +32,27 @@ def device_place() -> DevicePlace:
         if "expandable_segments:True" in os.environ.get(variable, ""):
             return DevicePlace(host, f"allocates with {variable}=expandable_segments:True")
     return DevicePlace(host, None)
+
+
+def choose_transport(wanted: str, places: Mapping[str, DevicePlace], nodes: int) -> Transport:
+    """How a run's payloads travel.
+
+    Args:
+        wanted: ``sync.transport``.
+        places: of all learner ranks and engines, by their names.
+        nodes: of the cluster.
+    Raises:
+        UserError: "ipc" is wanted, and cannot be.
+    """
+    if wanted == "host":
+        return "host"
+    (first, there), *others = places.items()
+    obstacles = [f"{name} {place.cannot_share}" for name, place in places.items() if place.cannot_share]
+    obstacles += [f"{name} is not on the host of {first}" for name, place in others if place.host != there.host]
+    if obstacles and wanted == "ipc":
+        raise UserError(f"sync.transport=ipc needs GPUs of one host, but {obstacles[0]}; use auto or host")
+    # On a cluster, a process that takes another's place may come to another node.
+    return "ipc" if wanted == "ipc" or (not obstacles and nodes == 1) else "host"
 
 
 def handle_of(buffer: Tensor) -> bytes:

@@ -71,7 +71,7 @@ def train(up: Up, tmp_path: Path, *settings: str, fresh: bool = False) -> list[d
             learners=system.learners,
             pool=system.pool,
             rewards=system.rewards,
-            sync=WeightSync(system.learners, system.pool, config),
+            sync=WeightSync(system.learners, system.pool, system.transport, config),
             collector=Collector(config, up.task, system.pool, system.rewards, aqn, Cursor()),
             aqn=aqn,
             checkpoints=checkpoints,
@@ -133,7 +133,7 @@ def test_a_resumed_run_has_what_was_sampled_ahead_and_samples_no_prompt_twice(up
         aqn, system = AqnController(config.aqn, 4), up.system
         return Collector(config, up.task, system.pool, system.rewards, aqn, cursor, step, deque(again))
 
-    sync = WeightSync(up.system.learners, up.system.pool, config)
+    sync = WeightSync(up.system.learners, up.system.pool, up.system.transport, config)
     sync.push(1000)  # not too old for any step
     sync.check_all()
     killed = collector(Cursor(), 0, [])
