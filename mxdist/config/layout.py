@@ -1,9 +1,10 @@
 """Which learner layouts a model can be divided over. Raises ValueError, for the validators of ``schema``."""
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mxdist.config.schema import LearnerConfig, ModelConfig
+    from mxdist.config.schema import LearnerConfig, ModelConfig, RolloutConfig
 
 BLOCK = 32
 """Elements that share a scale."""
@@ -69,15 +70,51 @@ def _check_backend(model: "ModelConfig", learner: "LearnerConfig") -> None:
         )
 
 
+def check_engine_layout(model: "ModelConfig", rollout: "RolloutConfig", quantum: int) -> None:
+    """The same for the processes that an engine is divided over; of experts each holds a slice of every one."""
+    key, processes = "rollout.tensor_parallel", rollout.tensor_parallel
+    if processes == 1:
+        return
+    if rollout.gpus_per_worker not in (0, processes):
+        raise ValueError(
+            f"{key}={processes} takes as many GPUs, and rollout.gpus_per_worker={rollout.gpus_per_worker:g}; "
+            f"set it to {processes}"
+        )
+    _divides(key, processes, "model.num_key_value_heads", model.num_key_value_heads)
+    widths = _cut_widths(model)
+    if model.num_experts:
+        widths["model.moe_intermediate_size"] = model.moe_intermediate_size
+    _cut_between_groups(key, processes, widths, quantum)
+
+
+def check_engine_vocabulary(rows: int, processes: int) -> None:
+    """Raise ValueError when vLLM, which fills the vocabulary up to 64s, would give processes unequal slices of it."""
+    if processes > 1 and rows % math.lcm(64, processes):
+        wanted = math.lcm(64, processes)
+        raise ValueError(
+            f"rollout.tensor_parallel={processes} divides a vocabulary of a multiple of {wanted}, and this one has "
+            f"{rows} rows; set model.vocab_size={-(-rows // wanted) * wanted}, or rollout.tensor_parallel=1"
+        )
+
+
 def _check_tensor_parallel(model: "ModelConfig", ranks: int, quantum: int) -> None:
     key = "learner.tensor_parallel"
     _divides(key, ranks, "model.num_key_value_heads", model.num_key_value_heads)
     _divides(key, ranks, "model.hidden_size", model.hidden_size)
     if model.vocab_size is not None:
         _divides(key, ranks, "model.vocab_size", model.vocab_size)
+    _cut_between_groups(key, ranks, _cut_widths(model), quantum)
+
+
+def _cut_widths(model: "ModelConfig") -> dict[str, int]:
+    """By name, the inputs of linears that tensor parallelism cuts, but for experts'."""
     widths = {"model.num_attention_heads * model.head_dim": model.num_attention_heads * model.head_dim}
     if model.num_experts == 0:
         widths["model.intermediate_size"] = model.intermediate_size
+    return widths
+
+
+def _cut_between_groups(key: str, ranks: int, widths: dict[str, int], quantum: int) -> None:
     for name, width in widths.items():
         if width % (ranks * quantum):
             raise ValueError(

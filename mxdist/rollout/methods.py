@@ -2,8 +2,8 @@
 
 They replace vLLM's own for every weight-bearing layer and every recipe, bf16 included: on a CPU vLLM's unquantised
 methods hand their weights to oneDNN or repack them once, after which a copy into the parameter changes nothing.
-One engine process holds whole matrices (tensor parallel size 1). With ``from_disk`` vLLM's loader fills them from a
-packed checkpoint (``disk_weights``); without, they stay empty until a weight sync.
+With tensor parallelism vLLM asks for a process's share of a matrix. With ``from_disk`` its loader fills whole ones from
+a packed checkpoint (``disk_weights``); without, they stay empty until a weight sync.
 """
 
 from typing import Any

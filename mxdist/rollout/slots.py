@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
+from mxdist.model.division import Division
 from mxdist.model.linear_names import parts_of
 from mxdist.rollout.live_weight import LiveWeight
-from mxdist.rollout.slot import Slot
+from mxdist.rollout.slot import UNDIVIDED, Slot
 
 
 def find_slots(model: nn.Module, vocab_size: int) -> dict[str, Slot]:
@@ -48,24 +51,34 @@ def _slots(model: nn.Module, vocab_size: int) -> Iterator[Slot]:
 
 def _linear_slots(path: str, module: Any, vocab_size: int) -> Iterator[Slot]:
     if not hasattr(module, "live_splits"):  # embedding and head: vLLM pads the vocabulary
-        yield Slot(f"{path}.weight", module.live, slice(0, vocab_size))
+        division = _division(0)
+        yield Slot(f"{path}.weight", module.live, slice(0, vocab_size // division.count), division=division)
         return
+    by_row = _division(0) if isinstance(module, ColumnParallelLinear) else UNDIVIDED
+    weights = _division(1) if isinstance(module, RowParallelLinear) else by_row
     start = 0
     for name, size in zip(parts_of(path), module.live_splits, strict=True):
-        yield Slot(f"{name}.weight", module.live, slice(start, start + size))
+        yield Slot(f"{name}.weight", module.live, slice(start, start + size), division=weights)
         if module.bias is not None:
-            yield Slot(f"{name}.bias", module, slice(start, start + size), "bias")
+            yield Slot(f"{name}.bias", module, slice(start, start + size), "bias", by_row)
         start += size
+
+
+def _division(dimension: int) -> Division:
+    """Of a tensor that vLLM divides along a dimension over the processes of an engine."""
+    return Division(dimension, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
 
 
 def _expert_slots(path: str, module: RoutedExperts) -> Iterator[Slot]:
     hidden, wide = module.live_w13.shape[1], module.live_w2.shape[1]
+    by_row, by_column = _division(0), _division(1)
     for expert in range(module.live_w2.shape[0] // hidden):
         place = f"{path}.{expert}"
         for offset, name in enumerate(("gate_proj", "up_proj")):
             start = (2 * expert + offset) * wide
-            yield Slot(f"{place}.{name}.weight", module.live_w13, slice(start, start + wide))
-        yield Slot(f"{place}.down_proj.weight", module.live_w2, slice(expert * hidden, (expert + 1) * hidden))
+            yield Slot(f"{place}.{name}.weight", module.live_w13, slice(start, start + wide), division=by_row)
+        rows = slice(expert * hidden, (expert + 1) * hidden)
+        yield Slot(f"{place}.down_proj.weight", module.live_w2, rows, division=by_column)
 
 
 def bytes_per_element(slots: dict[str, Slot]) -> float:

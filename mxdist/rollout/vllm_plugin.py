@@ -10,6 +10,7 @@ This file decides which layer gets which method; the methods are in ``methods``.
 from typing import Any
 
 import torch
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -54,6 +55,8 @@ class MxdistConfig(QuantizationConfig):
         return []
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if self.from_disk and get_tensor_model_parallel_world_size() > 1:
+            raise ValueError("a packed checkpoint is loaded whole: use tensor_parallel_size=1, or a bf16 export")
         if isinstance(layer, VocabParallelEmbedding):  # embed_tokens and lm_head
             return LiveEmbeddingMethod(self.from_disk)
         if isinstance(layer, RoutedExperts):

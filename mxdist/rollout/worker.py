@@ -32,17 +32,18 @@ from mxdist.messages import (
 )
 from mxdist.model.recipes import model_recipes
 from mxdist.model.shape import ModelShape
-from mxdist.observe.usage import process_usage
 from mxdist.seeds import derive_seed
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.outputs import CompletionOutput
 
+    from mxdist.aqn.injector import NoiseInjector
+    from mxdist.rollout.slot import Slot
     from mxdist.sync.payload import PartSums
 
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine and worker in this process: weights are loaded in place
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: weights are loaded in place
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "TORCHDYNAMO_DISABLE": "1",  # else the first generate compiles a helper with g++ for half a minute
@@ -51,6 +52,12 @@ ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
+DIVIDED = {
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else a process wants a NUMA node of its own
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # it would use NVLink multicast
+}
+"""Besides, where a model is divided over processes."""
 
 
 class RolloutWorker:
@@ -68,32 +75,18 @@ class RolloutWorker:
 
     def start(self) -> EngineReport:
         """Build the engine. Once per process: vLLM keeps global state."""
-        prepare_vllm()
-        from mxdist.aqn.injector import NoiseInjector, select_norms
-        from mxdist.rollout import slots
-        from mxdist.rollout.engine import Engine, write_model_dir
-        from mxdist.rollout.loading import WeightLoader
-        from mxdist.sync.shared import device_place
+        prepare_vllm(self._config.rollout.tensor_parallel)
+        from mxdist.rollout.engine import Engine
 
-        write_model_dir(self._model_dir, self._shape, self._recipes)
-        self._engine = Engine(self._config, self._model_dir)
-        model = self._engine.model
-        self._slots = slots.find_slots(model, self._shape.vocab_size)
-        device = next(iter(self._slots.values())).device
-        self._loader = WeightLoader(self._slots, self._recipes, device)
-        routed = slots.routed_layers(model)
-        norms = [
-            (name.removesuffix(".weight"), slot.owner.weight)
-            for name, slot in self._slots.items()
-            if isinstance(slot.owner, slots.RMSNorm)
-        ]
-        self._injector = NoiseInjector(select_norms(norms, routed), routed)
+        self._engine = Engine(self._config, self._shape, self._recipes, self._model_dir)
+        first = self._engine.each("held")[0]
+        self._divided = first.divided
         report = EngineReport(
-            quantised_modules=tuple(sorted(slot.module for slot in self._slots.values() if slot.kind == "mx")),
-            noise_modules=self._injector.names,
-            bytes_per_quantised_weight=slots.bytes_per_element(self._slots),
+            quantised_modules=first.quantised_modules,
+            noise_modules=first.noise_modules,
+            bytes_per_quantised_weight=first.bytes_per_quantised_weight,
             resident_mib=psutil.Process().memory_info().rss / 2**20,
-            device=device_place(),
+            device=first.device,
         )
         self._engine.sleep()  # a learner may have to warm up first
         return report
@@ -107,10 +100,12 @@ class RolloutWorker:
         Raises:
             ParityError: see ``WeightLoader.checked``; the engine then goes on with its old weights.
         """
+        from mxdist.rollout.rank import combined
+
         self._engine.wake("weights")
-        arrived = self._loader.checked(payloads)
+        self._engine.each("check", payloads)
         self._version = -1  # a copy that fails half-way leaves weights that nothing may be sampled with
-        sums = self._loader.take(arrived)
+        sums = combined(self._engine.each("write"), self._divided)
         self._version = payloads[0].version
         self._engine.forget_prefixes()
         return sums
@@ -139,14 +134,8 @@ class RolloutWorker:
         ]
         tokens = [prompt.tokens for prompt in request.prompts for _ in range(sampling.samples_per_prompt)]
         self._engine.wake("weights", "kv_cache")
-        with self._injector.perturbed(noise) as applied:
-            if applied.norms:
-                self._engine.forget_prefixes()
-            try:
-                outputs = self._engine.generate(tokens, parameters)
-            finally:
-                if applied.norms:
-                    self._engine.forget_prefixes()
+        with self._engine.perturbed(noise) as applied:
+            outputs = self._engine.generate(tokens, parameters)
         self._engine.sleep()
         samples = [_sample(output) for output in outputs]
         size = sampling.samples_per_prompt
@@ -155,13 +144,23 @@ class RolloutWorker:
             for i, prompt in enumerate(request.prompts)
         )
         seconds = time.perf_counter() - started
-        return RolloutResult(groups, _entropy(samples), seconds, *applied, (process_usage(),))
+        return RolloutResult(groups, _entropy(samples), seconds, *applied, tuple(self._engine.each("usage")))
 
     def shutdown(self) -> None:
         """Free the engine. The process can exit afterwards; it cannot start another one."""
         if hasattr(self, "_engine"):
             self._engine.close()
-            del self._engine, self._slots, self._injector, self._loader
+            del self._engine
+
+    @property
+    def _slots(self) -> "dict[str, Slot]":
+        """Of an engine in this process."""
+        return self._engine.rank.slots
+
+    @property
+    def _injector(self) -> "NoiseInjector":
+        """Of an engine in this process."""
+        return self._engine.rank.injector
 
     def _parameters(self, prompt: Prompt, index: int, sampling: SamplingSettings) -> "SamplingParams":
         from mxdist.rollout.engine import sampling_params
@@ -177,14 +176,15 @@ class RolloutWorker:
         return sampling_params(sampling.temperature, room, self._shape.stop_token_ids, seed)
 
 
-def prepare_vllm() -> None:
+def prepare_vllm(tensor_parallel: int = 1) -> None:
     """Set what vLLM reads at import, and mute what third parties say then that no user can act on.
 
     RuntimeError when vLLM was imported already and its environment variables were not set.
     """
-    if "vllm" in sys.modules and any(os.environ.get(key) != value for key, value in ENVIRONMENT.items()):
+    environment = ENVIRONMENT | (DIVIDED if tensor_parallel > 1 else {})
+    if "vllm" in sys.modules and any(os.environ.get(key) != value for key, value in environment.items()):
         raise RuntimeError("vLLM was imported before its environment variables were set")
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(environment)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # "Triton not available"
 

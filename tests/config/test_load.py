@@ -239,3 +239,12 @@ def test_an_engine_sleeps_only_where_it_shares_a_gpu_with_a_learner_that_waits(f
     assert load_config(file, ["rollout.sleep=true", *shared]).rollout.sleep
     assert "share none; set both between 0 and 1, or rollout.sleep=false" in refusal(file, "rollout.sleep=true")
     assert "does not go with rollout.max_lag=1" in refusal(file, "rollout.sleep=true", *shared, "rollout.max_lag=1")
+
+
+def test_an_engine_is_divided_only_where_no_group_is_cut_that_is_quantised_together(file: Path) -> None:
+    halves = "rollout.tensor_parallel=2"
+    assert load_config(file, [halves, "recipe=mxfp4"]).rollout.tensor_parallel == 2
+    assert "would cut model.num_attention_heads * model.head_dim=128 inside a group of 128" in refusal(file, halves)
+    assert "does not divide model.num_key_value_heads=2" in refusal(file, "rollout.tensor_parallel=4", "recipe=mxfp4")
+    one_gpu = refusal(file, halves, "recipe=mxfp4", "rollout.gpus_per_worker=1")
+    assert "takes as many GPUs, and rollout.gpus_per_worker=1; set it to 2" in one_gpu

@@ -22,7 +22,7 @@ class EngineProcess:
     def __init__(self, config: Config, shape: ModelShape, model_dir: Path) -> None:
         self.config, self.shape = config, shape
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        self.found_by_vllm = self._submit(_find_plugin, model_dir)
+        self.found_by_vllm = self._submit(_find_plugin, model_dir, config.rollout.tensor_parallel)
         self.report: EngineReport = self._submit(_start, config, shape, model_dir)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -45,7 +45,7 @@ class EngineProcess:
 WORKER: list[RolloutWorker] = []  # of the child process
 
 
-def _find_plugin(directory: Path) -> list[str]:
+def _find_plugin(directory: Path, tensor_parallel: int) -> list[str]:
     """Let vLLM itself find the plugin, as installed; return the quantisation methods it then knows.
 
     The project need not be installed where tests run, so its entry point is written out as pip would write it.
@@ -55,7 +55,7 @@ def _find_plugin(directory: Path) -> list[str]:
     import mxdist
     from mxdist.rollout.worker import prepare_vllm
 
-    prepare_vllm()
+    prepare_vllm(tensor_parallel)
     project = tomllib.loads((Path(mxdist.__file__).parents[1] / "pyproject.toml").read_text())["project"]
     installed = directory / "site" / "mxdist_under_test-0.dist-info"
     installed.mkdir(parents=True)

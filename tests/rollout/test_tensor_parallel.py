@@ -1,0 +1,157 @@
+"""An engine that is divided over two processes, with the real vLLM, against an undivided transformers model."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mxdist.config.schema import Config, ModelConfig
+from mxdist.errors import ParityError, UserError
+from mxdist.messages import Noise, Prompt, RolloutRequest, RolloutResult, SamplingSettings
+from mxdist.model.recipes import model_recipes
+from mxdist.model.shape import ModelShape
+from mxdist.quant.checksum import combine
+from mxdist.rollout.worker import RolloutWorker
+from mxdist.sync.parity import compare_checksums
+from mxdist.sync.payload import learner_checksums
+from tests.rollout.engine_process import EngineProcess
+from tests.rollout.reference_model import answer_logprobs, payloads, random_tensors, reference_model
+
+VOCABULARY, STOPS, CONTEXT = 64, (2, 7), 48
+CLEAN = Noise(0.0, 0)
+PROMPTS = tuple(Prompt(f"train-{i}", (1, *[3 + (5 * i + j * j) % 60 for j in range(4 + i)]), "") for i in range(6))
+
+
+@pytest.fixture(scope="module", params=["moe-mxfp4_mbs", "qwen2-mxfp4_of"])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    family, recipe = request.param.split("-")
+    model = ModelConfig(
+        hidden_size=256 if family == "moe" else 128,
+        num_attention_heads=8 if family == "moe" else 4,
+        num_key_value_heads=2,
+        head_dim=32,
+        moe_intermediate_size=256,
+        intermediate_size=192,
+        num_experts=4 if family == "moe" else 0,
+        max_position_embeddings=CONTEXT,
+        family="qwen2" if family == "qwen2" else "qwen3",
+        tie_word_embeddings=family == "qwen2",
+    )
+    config = Config(
+        model=model, recipe=recipe, learner={"ranks": 1, "expert_parallel": 1}, rollout={"tensor_parallel": 2}
+    )
+    process = EngineProcess(config, ModelShape(model, VOCABULARY, 1, STOPS, 0), tmp_path_factory.mktemp("engine"))
+    yield process
+    process.close()
+
+
+def request_of(noise: Noise = CLEAN) -> RolloutRequest:
+    return RolloutRequest(0, PROMPTS, SamplingSettings(2, 0.8, 8, 0), noise)
+
+
+def sync(engine: EngineProcess, seed: int, version: int) -> dict[str, torch.Tensor]:
+    tensors = random_tensors(engine.shape, seed)
+    sent = payloads(tensors, model_recipes(engine.config), version)
+    compare_checksums(learner_checksums(sent), engine.load(sent))
+    return tensors
+
+
+def answers(result: RolloutResult) -> list[tuple[list[int], list[float]]]:
+    return [(s.tokens.tolist(), s.logprobs.tolist()) for group in result.groups for s in group.samples]
+
+
+def test_each_process_holds_half_of_every_matrix_and_says_so(engine: EngineProcess) -> None:
+    whole = engine.shape.tensor_shapes()
+    assert engine.report.quantised_modules == tuple(
+        sorted(name.removesuffix(".weight") for name in whole if name.endswith("_proj.weight"))
+    )
+    for rank, shapes in enumerate(engine.run(in_each_process, shapes_held)):
+        assert shapes.keys() == whole.keys()
+        for name, (held, division) in shapes.items():
+            halved = not name.endswith(("norm.weight", "mlp.gate.weight"))
+            assert np.prod(held) * (1 + halved) == np.prod(whole[name]), name
+            assert division == ((rank, 2) if halved else (0, 1)), name
+
+
+def test_log_probabilities_equal_an_undivided_model_and_every_byte_is_summed(engine: EngineProcess) -> None:
+    sync(engine, seed=2, version=1)
+    tensors = sync(engine, seed=1, version=2)
+    result = engine.generate(request_of())
+    model = reference_model(engine.shape, tensors, model_recipes(engine.config))
+    differences = np.concatenate(
+        [
+            sample.logprobs - answer_logprobs(model, group.prompt.tokens, sample.tokens.tolist(), 0.8).numpy()
+            for group in result.groups
+            for sample in group.samples
+        ]
+    )
+    # The order of a sum can move a value over a rounding boundary before it is quantised, which changes what follows.
+    assert np.mean(np.abs(differences) < 1e-3) > 0.8
+    assert np.abs(differences).mean() < 0.05
+
+
+def test_a_flipped_bit_in_one_process_is_in_the_checksum_of_both(engine: EngineProcess) -> None:
+    sync(engine, seed=1, version=1)
+    for name in engine.report.quantised_modules[-1], engine.report.quantised_modules[0]:
+        before = combine(engine.run(in_each_process, codes_sum, f"{name}.weight", 0))
+        assert combine(engine.run(in_each_process, codes_sum, f"{name}.weight", 1)) != before
+        assert combine(engine.run(in_each_process, codes_sum, f"{name}.weight", 1)) == before
+
+
+def test_noise_is_the_same_in_both_processes_and_gone_afterwards(engine: EngineProcess) -> None:
+    sync(engine, seed=1, version=1)
+    clean, noise = answers(engine.generate(request_of())), Noise(0.05, 5)
+    noisy = engine.generate(request_of(noise))
+    assert noisy.perturbed_modules == len(engine.report.noise_modules)
+    assert len(noisy.usage) == 2
+    assert answers(noisy) != clean
+    assert answers(noisy) == answers(engine.generate(request_of(noise)))
+    assert answers(engine.generate(request_of())) == clean
+
+
+def test_a_refused_load_is_named_as_by_one_process_and_leaves_the_old_weights(engine: EngineProcess) -> None:
+    sync(engine, seed=1, version=1)
+    before = answers(engine.generate(request_of()))
+    [*_, name] = engine.shape.tensor_shapes()
+    incomplete = {key: tensor for key, tensor in random_tensors(engine.shape, 2).items() if key != name}
+    with pytest.raises(ParityError, match=f"did not send {name}"):
+        engine.load(payloads(incomplete, model_recipes(engine.config), 2))
+    result = engine.generate(request_of())
+    assert answers(result) == before
+    assert result.groups[0].policy_version == 1
+
+
+@pytest.mark.parametrize("engine", ["qwen2-mxfp4_of"], indirect=True)
+def test_a_vocabulary_that_cannot_be_halved_is_named_with_one_that_can(engine: EngineProcess) -> None:
+    with pytest.raises(UserError, match=r"has 100 rows; set model\.vocab_size=128"):
+        engine.run(check_vocabulary, 100)
+
+
+# Executed in the engine's processes ------------------------------------------------------------------------------
+
+
+def check_vocabulary(_worker: RolloutWorker, rows: int) -> None:
+    from mxdist.rollout.engine import check_vocabulary
+
+    check_vocabulary(rows, 2)
+
+
+def in_each_process(worker: RolloutWorker, function: Any, *arguments: Any) -> list[Any]:
+    return worker._engine._llm.collective_rpc(function, args=arguments)
+
+
+def shapes_held(process: Any) -> dict[str, tuple[tuple[int, ...], tuple[int, int]]]:
+    return {
+        name: (tuple(slot.values().shape), (slot.division.index, slot.division.count))
+        for name, slot in process._mxdist_rank.slots.items()
+    }
+
+
+def codes_sum(process: Any, name: str, flip_in: int) -> int:
+    """This process's share, after a bit is flipped in process ``flip_in`` if that is not the first."""
+    slot = process._mxdist_rank.slots[name]
+    if flip_in and slot.division.index == flip_in:
+        slot.parts()["codes"][3, 5] ^= 1
+    return slot.checksum("codes")
