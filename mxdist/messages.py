@@ -231,7 +231,7 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class Bucket:
-    """A buffer that holds parts of one kind, one after the other."""
+    """A buffer that holds one part of many tensors, one after the other."""
 
     kind: BucketKind
     nbytes: int

@@ -8,21 +8,24 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from mxdist.messages import Manifest, TensorPlace, Transport, WeightPayload
 from mxdist.model.hf_tensors import HfTensor
 from mxdist.model.quantised_weight import QuantisedWeight
 from mxdist.model.recipes import ModelRecipes
-from mxdist.quant.tensor import MXTensor, part_shapes
+from mxdist.quant.tensor import part_shapes
 from mxdist.sync.checks import DTYPES
 from mxdist.sync.layout import VALUES, Outline, arrange, bytes_kind, in_matrix_order
 from mxdist.sync.outgoing import Copies, Outgoing
 from mxdist.sync.payload import part_checksum
+
+Base = TypeVar("Base", QuantisedWeight, nn.Parameter)
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,16 @@ class _Plan:
     places: dict[str, TensorPlace]
     first_sums: dict[str, int]  # by tensor, the place of its first checksum
     gathers: bool  # whether ranks put tensors together, in which all take part
-    bases: list[QuantisedWeight | Tensor]  # packed weights and parameters that are whole here
-    sources: list[tuple[int, str]]  # parts of them
+    packed: "_From[QuantisedWeight]"
+    plain: "_From[nn.Parameter]"
+
+
+@dataclass(frozen=True)
+class _From(Generic[Base]):
+    """What this rank holds whole of one kind, and the copies of its rows into buckets."""
+
+    bases: list[Base]
+    sources: list[tuple[int, str]]  # parts of the bases
     copies: Copies  # from these
 
 
@@ -59,8 +70,11 @@ class Exporter:
         """The payload of this rank's tensors. Collective, see ``owned``; outlives the next optimizer step."""
         plan = self._plan = self._plan or self._make_plan()
         buckets = self._outgoing.begin(plan.manifest, transport)
-        forms = [_form(base) for base in plan.bases]
-        plan.copies.run(buckets, [getattr(forms[base], part) for base, part in plan.sources])
+        # On a GPU, reading all master weights to see that none has changed would take longer than sending them.
+        looks = self._outgoing.device.type == "cpu"
+        packed = [module.quantised() if looks else module.packed() for module in plan.packed.bases]
+        plan.packed.copies.run(buckets, [getattr(packed[number], part) for number, part in plan.packed.sources])
+        plan.plain.copies.run(buckets, [plan.plain.bases[number] for number, _ in plan.plain.sources])
         values = np.zeros(len(plan.manifest.checked), dtype=np.uint64)
         if plan.gathers or self._sends_values:
             self._gather(plan, buckets, values)
@@ -86,7 +100,10 @@ class Exporter:
         positions = itertools.accumulate((len(place.checked) for place in manifest.tensors), initial=0)
         first_sums = dict(zip((tensor.name for tensor in mine), positions, strict=False))
         places = {place.name: place for place in manifest.tensors}
-        return _Plan(manifest, places, first_sums, gathers, *_copies(mine, manifest))
+        whole = [(tensor, place) for tensor, place in zip(mine, manifest.tensors, strict=True) if _is_whole(tensor)]
+        packed = _copies(manifest, [(t.module, t.rows, place) for t, place in whole if t.module is not None], False)
+        plain = _copies(manifest, [(t.parameter, t.rows, place) for t, place in whole if t.module is None], True)
+        return _Plan(manifest, places, first_sums, gathers, packed, plain)
 
     def _outline(self, tensor: HfTensor) -> Outline:
         shape = tensor.whole_shape
@@ -139,36 +156,25 @@ def _is_whole(tensor: HfTensor) -> bool:
 
 
 def _copies(
-    tensors: Iterable[HfTensor], manifest: Manifest
-) -> tuple[list[QuantisedWeight | Tensor], list[tuple[int, str]], Copies]:
-    """Of the tensors that are whole here: what they are rows of, its parts, the copies of the rows into buckets."""
-    bases: dict[int, QuantisedWeight | Tensor] = {}
+    manifest: Manifest, tensors: list[tuple[Base, tuple[slice, ...], TensorPlace]], lasting: bool
+) -> _From[Base]:
+    """Copies of tensors, each of which is some rows of a base."""
+    bases: dict[int, Base] = {}
     sources: dict[tuple[int, str], int] = {}
     pieces: list[tuple[int, int, int, int, int]] = []
-    for tensor, place in zip(tensors, manifest.tensors, strict=True):
-        if not _is_whole(tensor):
-            continue
-        base = tensor.module if tensor.module is not None else tensor.parameter
+    for base, rows, place in tensors:
         bases.setdefault(id(base), base)
         for part, at in place.parts.items():
             number = sources.setdefault((id(base), part), len(sources))
             width = prod(at.shape[1:]) * DTYPES[manifest.buckets[at.bucket].kind].itemsize
             offset = at.offset
-            for rows in tensor.rows:
-                size = (rows.stop - rows.start) * width
-                pieces.append((number, rows.start * width, size, at.bucket, offset))
+            for run in rows:
+                size = (run.stop - run.start) * width
+                pieces.append((number, run.start * width, size, at.bucket, offset))
                 offset += size
     numbers = {key: number for number, key in enumerate(bases)}
-    named = [(numbers[key], "data" if part == VALUES else part) for key, part in sources]
-    return list(bases.values()), named, Copies(*np.array(pieces, dtype=np.int64).reshape(-1, 5).T)
-
-
-def _form(base: QuantisedWeight | Tensor) -> MXTensor | Tensor:
-    """What is copied from: an attribute for each part, "data" of a parameter."""
-    if isinstance(base, Tensor):
-        return base
-    # On a GPU, reading all master weights to see that none has changed would take longer than sending them.
-    return base.quantised() if base.weight.device.type == "cpu" else base.packed()
+    copies = Copies(np.array(pieces, dtype=np.int64).reshape(-1, 5), lasting)
+    return _From(list(bases.values()), [(numbers[key], part) for key, part in sources], copies)
 
 
 def _whole(part: Tensor, tensor: HfTensor, group: ProcessGroup | None) -> Tensor | None:

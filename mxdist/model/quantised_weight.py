@@ -117,7 +117,8 @@ class QuantisedWeight:
     def _identity(self) -> tuple[int, int]:
         # Sees in-place changes through the parameter. The distributed optimizer writes past it, into the buffer that
         # the parameter is a view of: ``forget_before_step`` covers that.
-        return self.weight._version, self.weight.data_ptr()
+        weight = self.weight
+        return weight._version, weight.data_ptr()
 
     def _prepare(self, quantised: MXTensor) -> "Tensor | HopperWeight | None":
         assert self.recipe is not None

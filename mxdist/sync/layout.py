@@ -1,8 +1,8 @@
 """How tensors are laid out in the buckets of a payload. No torch.
 
-A bucket holds parts of one kind, so that a check of all its bytes is one operation. Tensors that an engine keeps in one
-matrix (q, k and v; gate and up; the experts of a layer) lie next to each other in the matrix's order, so that a matrix
-is copied with few operations.
+A bucket holds one part of many tensors, in one dtype, so that a check of all its bytes is one operation. Tensors that
+an engine keeps in one matrix (q, k and v; gate and up; the experts of a layer) lie next to each other in the matrix's
+order, so that a matrix is copied with few operations.
 """
 
 import re
@@ -57,17 +57,17 @@ def in_matrix_order(named: Iterable[Named]) -> list[Named]:
 def arrange(outlines: Iterable[Outline], bucket_bytes: int = BUCKET_BYTES) -> Manifest:
     """Give every part its place, in the order given."""
     buckets: list[Bucket] = []
-    latest: dict[BucketKind, int] = {}
+    latest: dict[tuple[str, BucketKind], int] = {}  # by part, so that those of one matrix stay together
     tensors = []
     for outline in outlines:
         parts = {}
         for part, (kind, shape) in outline.parts.items():
             size = prod(shape) * BUCKET_DTYPES[kind].itemsize
-            number = latest.get(kind)
+            number = latest.get((part, kind))
             start = 0 if number is None else -(-buckets[number].nbytes // ALIGNMENT) * ALIGNMENT
             if number is None or start + size > bucket_bytes:
                 number, start = len(buckets), 0
-                latest[kind] = number
+                latest[part, kind] = number
                 buckets.append(Bucket(kind, 0))
             buckets[number] = Bucket(kind, start + size)
             parts[part] = PartPlace(number, start, tuple(shape))

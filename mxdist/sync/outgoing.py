@@ -103,63 +103,70 @@ class Outgoing:
         return tuple(host.numpy() for host in self._pinned)
 
 
-@dataclass
+Pairs = dict[torch.dtype, tuple[list[Tensor], list[Tensor]]]
+"""Targets and sources of copies, by the dtype that both are seen as."""
+
+
 class Copies:
     """Copies of bytes into buckets, always the same ones, from tensors that may move between runs.
 
-    Pieces that lie in a row on both sides are copied as one.
+    Pieces that lie in a row on both sides are copied as one, and all of them in few launches.
+
+    Args:
+        pieces: int64 [pieces, 5]: number of the tensor among those that a run is given, bytes from its first, bytes to
+            copy, bucket, bytes from the bucket's first.
+        lasting: whether the tensors live as long as this does, so that what was found out of them may be kept.
     """
 
-    sources: np.ndarray  # int64 [pieces]: which of the tensors a run is given
-    starts: np.ndarray  # int64 [pieces]: bytes from the tensor's first
-    sizes: np.ndarray  # int64 [pieces]: bytes
-    buckets: np.ndarray  # int64 [pieces]
-    offsets: np.ndarray  # int64 [pieces]: bytes from the bucket's first
-
-    def __post_init__(self) -> None:
-        order = np.lexsort((self.offsets, self.buckets))
-        for name in ("sources", "starts", "sizes", "buckets", "offsets"):
-            setattr(self, name, getattr(self, name)[order])
+    def __init__(self, pieces: np.ndarray, lasting: bool) -> None:
+        order = np.lexsort((pieces[:, 4], pieces[:, 3]))
+        self._sources, self._starts, self._sizes, self._buckets, self._offsets = pieces[order].T
+        self._lasting = lasting
+        self._kept: dict[int, tuple[np.ndarray, Pairs]] = {}  # by address of the first bucket
 
     def run(self, buckets: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
         """Copy. ``tensors`` must be contiguous."""
-        if not len(self.sources):
+        if not len(self._sources):
             return
-        addresses = np.fromiter((tensor.data_ptr() for tensor in tensors), np.int64, len(tensors))[self.sources]
-        addresses += self.starts
-        joined = (self.buckets[1:] == self.buckets[:-1]) & (np.diff(self.offsets) == self.sizes[:-1])
-        joined &= np.diff(addresses) == self.sizes[:-1]
-        first = np.flatnonzero(np.concatenate(([True], ~joined)))
-        sizes = np.add.reduceat(self.sizes, first)
-        pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {torch.int64: ([], []), torch.uint8: ([], [])}
-        ends = np.append(first[1:], len(self.sizes))
-        for begin, end, size in zip(first.tolist(), ends.tolist(), sizes.tolist(), strict=True):
-            source = tensors[self.sources[begin]]
-            start = source.storage_offset() * source.element_size() + int(self.starts[begin])
-            inside = start + size <= source.untyped_storage().nbytes()
-            # Neighbours in memory that are not of one storage are copied one by one.
-            for piece in [slice(begin, end)] if inside else [slice(i, i + 1) for i in range(begin, end)]:
-                self._append(pairs, buckets, tensors, piece.start, int(self.sizes[piece].sum()))
-        for targets, origins in pairs.values():
+        addresses = np.fromiter((tensor.data_ptr() for tensor in tensors), np.int64, len(tensors))
+        known = self._kept.get(buckets[0].data_ptr())
+        if known is not None and np.array_equal(known[0], addresses):
+            pairs = known[1]
+        else:
+            pairs = self._pairs(buckets, tensors, addresses[self._sources] + self._starts)
+            if self._lasting:
+                self._kept[buckets[0].data_ptr()] = addresses, pairs
+        for targets, sources in pairs.values():
             if targets:
-                torch._foreach_copy_(targets, origins)
+                torch._foreach_copy_(targets, sources)
+
+    def _pairs(self, buckets: Sequence[Tensor], tensors: Sequence[Tensor], addresses: np.ndarray) -> Pairs:
+        joined = (self._buckets[1:] == self._buckets[:-1]) & (np.diff(self._offsets) == self._sizes[:-1])
+        joined &= np.diff(addresses) == self._sizes[:-1]
+        first = np.flatnonzero(np.concatenate(([True], ~joined)))
+        sizes, ends = np.add.reduceat(self._sizes, first), np.append(first[1:], len(self._sizes))
+        pairs: Pairs = {torch.int64: ([], []), torch.uint8: ([], [])}
+        for begin, end, size in zip(first.tolist(), ends.tolist(), sizes.tolist(), strict=True):
+            source = tensors[self._sources[begin]]
+            start = source.storage_offset() * source.element_size() + int(self._starts[begin])
+            if start + size <= source.untyped_storage().nbytes():
+                self._append(pairs, buckets, source, begin, start, size)
+                continue
+            for piece in range(begin, end):  # neighbours in memory that are not of one storage
+                source = tensors[self._sources[piece]]
+                start = source.storage_offset() * source.element_size() + int(self._starts[piece])
+                self._append(pairs, buckets, source, piece, start, int(self._sizes[piece]))
+        return pairs
 
     def _append(
-        self,
-        pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]],
-        buckets: Sequence[Tensor],
-        tensors: Sequence[Tensor],
-        piece: int,
-        size: int,
+        self, pairs: Pairs, buckets: Sequence[Tensor], source: Tensor, piece: int, start: int, size: int
     ) -> None:
-        source, bucket = tensors[self.sources[piece]], buckets[self.buckets[piece]]
-        start = source.storage_offset() * source.element_size() + int(self.starts[piece])
-        target = bucket.storage_offset() + int(self.offsets[piece])
-        wide = (start | target | size) % _WIDE == 0
-        dtype = torch.int64 if wide else torch.uint8
-        targets, origins = pairs[dtype]
+        bucket = buckets[self._buckets[piece]]
+        target = bucket.storage_offset() + int(self._offsets[piece])
+        dtype = torch.int64 if (start | target | size) % _WIDE == 0 else torch.uint8
+        targets, sources = pairs[dtype]
         targets.append(_window(bucket, dtype, target, size))
-        origins.append(_window(source, dtype, start, size))
+        sources.append(_window(source, dtype, start, size))
 
 
 def _window(tensor: Tensor, dtype: torch.dtype, start: int, nbytes: int) -> Tensor:

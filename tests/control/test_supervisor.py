@@ -10,9 +10,10 @@ import pytest
 import ray
 
 from mxdist.config import Config
+from mxdist.control.processes import Process
 from mxdist.control.roster import Roster
 from mxdist.control.supervisor import Call, Supervisor, Worker
-from mxdist.control.waits import wait_for
+from mxdist.control.waits import Pending, wait_for
 from mxdist.errors import DeadlineExceeded, ProcessFailure, RollBack, RunStopped
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -79,6 +80,19 @@ def test_weights_stay_with_the_answers_that_were_asked_for_under_them(pool: Pool
     os.kill(pool.pid(), signal.SIGKILL)
     assert pool.results([pool.ask("c")]) == ["yes v2 c"]
     assert pool.results([first, second]) == ["yes v1 a", "yes v2 b"]
+
+
+def test_weights_that_newer_ones_follow_at_once_are_not_given_again(pool: Pool) -> None:
+    sent = []
+
+    def send(process: Process) -> Pending:
+        sent.append("v1")
+        return process.call_with_list("sync", "load_weights", [ray.put("v1")])
+
+    pool.results([pool.worker.call(send, "weights")])
+    os.kill(pool.pid(), signal.SIGKILL)
+    assert pool.results([pool.load("v2"), pool.ask("a")]) == [["v2"], "yes v2 a"]
+    assert sent == ["v1"]
 
 
 def test_an_engine_that_is_stopped_is_reported_ended_and_replaced(pool: Pool, tmp_path: Path) -> None:

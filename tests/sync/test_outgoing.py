@@ -1,0 +1,39 @@
+"""Buckets are filled with the bytes that lie where they are read, however those are strewn over memory."""
+
+import numpy as np
+import torch
+
+from mxdist.sync.outgoing import Copies
+
+
+def pieces(*rows: tuple[int, int, int, int, int]) -> np.ndarray:
+    return np.array(rows, dtype=np.int64)
+
+
+def test_neighbours_of_one_storage_are_copied_together_and_others_too() -> None:
+    together = torch.arange(64, dtype=torch.uint8)
+    first, second, other = together[:24], together[24:40], torch.arange(100, 124, dtype=torch.uint8)
+    copies = Copies(pieces((0, 0, 24, 0, 0), (1, 0, 16, 0, 24), (2, 3, 7, 0, 40), (2, 8, 16, 1, 0)), lasting=False)
+    buckets = [torch.zeros(48, dtype=torch.uint8), torch.zeros(16, dtype=torch.uint8)]
+    copies.run(buckets, [first, second, other])
+    assert torch.equal(buckets[0], torch.cat([together[:40], other[3:10], torch.zeros(1, dtype=torch.uint8)]))
+    assert torch.equal(buckets[1], other[8:24])
+
+
+def test_tensors_that_have_moved_since_are_read_where_they_are() -> None:
+    copies = Copies(pieces((0, 0, 16, 0, 0)), lasting=True)
+    bucket = torch.zeros(16, dtype=torch.uint8)
+    for start in (0, 5, 5):
+        source = torch.arange(start, start + 16, dtype=torch.uint8)
+        copies.run([bucket], [source])
+        source += 1
+        copies.run([bucket], [source])
+        assert torch.equal(bucket, source)
+
+
+def test_neighbours_in_memory_of_two_storages_are_not_read_past_the_end_of_the_first() -> None:
+    memory = np.arange(32, dtype=np.uint8)
+    first, second = torch.from_numpy(memory[:16]), torch.from_numpy(memory[16:])
+    bucket = torch.zeros(32, dtype=torch.uint8)
+    Copies(pieces((0, 0, 16, 0, 0), (1, 0, 16, 0, 16)), lasting=False).run([bucket], [first, second])
+    assert bucket.tolist() == list(range(32))
