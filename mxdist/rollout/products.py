@@ -16,7 +16,6 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mxdist.quant.backend import fake_quantise, quantisers_lack
@@ -158,7 +157,7 @@ def _grouped_values(rows: Tensor, values: Tensor, counts: Tensor) -> Tensor:
     """Plain rows [pairs, in] grouped by expert times values [experts, out, in], without the host."""
     ends = counts.cumsum(0)
     if rows.dtype == torch.bfloat16 and abilities(rows.device).grouped:
-        return F.grouped_mm(rows, values.transpose(1, 2), offs=ends.to(torch.int32))
+        return torch._grouped_mm(rows, values.transpose(1, 2), offs=ends.to(torch.int32))
     # All rows with all experts: float32 serves checks on small models, where that is no matter.
     places = torch.arange(len(rows), device=rows.device)
     return torch.matmul(rows, values.transpose(1, 2))[torch.searchsorted(ends, places, right=True), places]

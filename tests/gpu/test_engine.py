@@ -4,6 +4,7 @@ python -m pytest -q tests/gpu/test_engine.py
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from tests.gpu.conftest import lacking
 from tests.rollout.engine_process import EngineProcess
 from tests.rollout.reference_model import payloads, random_tensors
 
-VOCABULARY, STOPS, CONTEXT, TOKENS = 96, (2, 7), 48, 12
+VOCABULARY, STOPS, CONTEXT, TOKENS = 128, (2, 7), 48, 12
 SEQUENCES = 96
 """Decoded together: from 1 to the decode kernel's 64 rows, and beyond."""
 PROMPTS = tuple(Prompt(f"train-{i}", (1, *[8 + (5 * i + j * j) % 80 for j in range(3 + i % 7)]), "") for i in range(16))
@@ -34,7 +35,12 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if lacking is not None:
         pytest.skip(f"needs a Hopper GPU: {lacking}")
     family, recipe = request.param.split("-")
-    experts = 8 if family == "moe" else 0
+    process = started(family, recipe, tmp_path_factory.mktemp("engine"), **(SLEEPS if recipe == "mxfp4" else {}))
+    yield process
+    process.close()
+
+
+def started(family: str, recipe: str, directory: Path, **rollout: Any) -> EngineProcess:
     model = ModelConfig(
         hidden_size=256,
         num_attention_heads=4,
@@ -43,18 +49,16 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         dtype="bfloat16",
         moe_intermediate_size=128,
         intermediate_size=512,
-        num_experts=experts,
+        num_experts=8 if family == "moe" else 0,
         max_position_embeddings=CONTEXT,
     )
     config = Config(
         model=model,
         recipe=recipe,
         learner={"ranks": 1, "expert_parallel": 1, "gpus_per_rank": 0.5},
-        rollout={"max_sequences": SEQUENCES, "max_new_tokens": TOKENS} | (SLEEPS if recipe == "mxfp4" else {}),
+        rollout={"max_sequences": SEQUENCES, "max_new_tokens": TOKENS} | rollout,
     )
-    process = EngineProcess(config, ModelShape(model, VOCABULARY, 1, STOPS, 0), tmp_path_factory.mktemp("engine"))
-    yield process
-    process.close()
+    return EngineProcess(config, ModelShape(model, VOCABULARY, 1, STOPS, 0), directory)
 
 
 def request_of(samples: int, noise: Noise = CLEAN) -> RolloutRequest:
@@ -108,6 +112,23 @@ def test_an_engine_that_sleeps_frees_memory_and_wakes_with_the_weights_it_had(en
     assert tokens_of(engine.generate(request_of(2))) == before
     sync(engine, 2)
     assert tokens_of(engine.generate(request_of(2))) != before
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("family", ["dense", "moe"])
+def test_an_engine_over_two_gpus_samples_what_one_gpu_does(family: str, tmp_path: Path) -> None:
+    results = []
+    for processes in (1, 2):
+        rollout = {"tensor_parallel": processes, "gpus_per_worker": processes}
+        process = started(family, "mxfp4", tmp_path / str(processes), **rollout)
+        sync(process, 1)
+        results.append(process.generate(request_of(2)))
+        assert len(results[-1].usage) == processes
+        process.close()
+    firsts = [[(s.tokens[0], s.logprobs[0]) for group in result.groups for s in group.samples] for result in results]
+    same = [(a, b) for (token, a), (other, b) in zip(*firsts, strict=True) if token == other]
+    assert len(same) > 0.7 * len(firsts[0])  # sums over processes round otherwise
+    assert np.mean([abs(a - b) for a, b in same]) < 0.05
 
 
 def tokens_of(result: RolloutResult) -> list[list[int]]:
