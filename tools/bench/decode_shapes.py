@@ -30,12 +30,12 @@ from tools.bench.shapes import LINEARS
 from tools.bench.timing import is_rounding_only
 
 BATCHES = (1, 8, 32)
-# Width, depth, warps, stages.
+# Width, depth, warps, shares, stages.
 FORMS = {
-    8: ((64, 256, 8, 4), (64, 128, 4, 4), (64, 128, 4, 6), (32, 256, 8, 4), (32, 128, 4, 6), (128, 128, 4, 4),
-        (64, 512, 8, 3), (32, 512, 8, 4), (32, 512, 16, 4), (16, 512, 8, 6), (16, 1024, 16, 4)),
-    32: ((64, 128, 4, 4), (64, 128, 4, 3), (32, 128, 4, 4), (128, 128, 4, 3), (32, 256, 8, 4), (64, 256, 8, 3),
-         (32, 512, 16, 3)),
+    8: ((64, 256, 4, 4, 4), (64, 256, 8, 4, 4), (32, 256, 4, 2, 4), (32, 256, 2, 2, 6), (128, 256, 8, 8, 3),
+        (64, 512, 8, 4, 3), (16, 512, 4, 1, 4), (16, 512, 2, 1, 6), (64, 128, 4, 4, 6), (32, 512, 4, 2, 4)),
+    32: ((64, 128, 4, 4, 4), (64, 256, 8, 4, 3), (128, 128, 8, 8, 3), (128, 128, 8, 4, 3), (32, 128, 4, 2, 4),
+         (64, 128, 4, 2, 4), (64, 128, 8, 4, 4)),
 }  # fmt: skip
 PROGRAMS = (1.0, 2.5)
 """Programs for a multiprocessor that splitting aims at."""
@@ -47,15 +47,17 @@ Case = tuple[int, int, int, str, Shape]
 """Outputs, inputs, batch, recipe, cut."""
 
 
-def shapes(outputs: int, inputs: int, batch: int) -> list[Shape]:
+def shapes(outputs: int, inputs: int, batch: int, recipe: str) -> list[Shape]:
     """Cuts worth trying, without doubles, the present choice first."""
     height = tile_height(batch)
-    found = [shape_of(height, outputs, inputs, 1, MULTIPROCESSORS)]
-    for width, depth, warps, stages in FORMS[8 if height <= 16 else 32]:
+    operand = get_recipe(recipe).w
+    residual = operand is not None and operand.fallback is not None
+    found = [shape_of(height, outputs, inputs, 1, MULTIPROCESSORS, residual)]
+    for width, depth, warps, shares, stages in FORMS[8 if height <= 16 else 32]:
         columns = triton.cdiv(outputs, width)
         for programs in PROGRAMS:
             split = max(1, min(round(programs * MULTIPROCESSORS / columns), inputs // depth))
-            found.append(Shape(width, depth, warps, stages, split))
+            found.append(Shape(width, depth, warps, shares, stages, split))
     return list(dict.fromkeys(found))
 
 
@@ -143,7 +145,9 @@ def measure(cases: list[Case]) -> dict[Case, float]:
                 cut = case[4]
                 right = is_rounding_only(_multiply(x, packed, recipe, cut), wanted)
                 times[case] = microseconds(partial(_multiply_each, x, copies, recipe, cut), len(copies))
-                numbers = f"{cut.width:3} {cut.depth:3} {cut.warps:2} {cut.stages} {cut.split:2} {cut.ahead}"
+                numbers = (
+                    f"{cut.width:3} {cut.depth:3} {cut.warps:2} {cut.shares} {cut.stages} {cut.split:2} {cut.ahead}"
+                )
                 print(
                     f"[{outputs}, {inputs}] {batch:2}: {numbers} {times[case]:6.2f} {'' if right else 'WRONG'}",
                     flush=True,
@@ -159,7 +163,7 @@ def main() -> None:
     products = [(*linear[1:], batch, recipe) for linear in LINEARS["Qwen2.5-3B"] for batch in BATCHES]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(1, min(14, (os.cpu_count() or 2) - 1)), context) as pool:
-        times = measure(prepared(pool, [(*product, cut) for product in products for cut in shapes(*product[:3])]))
+        times = measure(prepared(pool, [(*product, cut) for product in products for cut in shapes(*product)]))
         ahead = []
         for product in products:
             best = sorted((case for case in times if case[:4] == product), key=lambda case: times[case])[:2]

@@ -117,7 +117,8 @@ def _launch(
     height = groups.height if groups else tile_height(rows)
     table, tiles = (groups.table, len(groups.table)) if groups else (None, triton.cdiv(rows, height))
     if x.dtype in (torch.bfloat16, torch.float16) and source.constants["BLOCK"] == decode_halves.BLOCK:
-        shape = decode_halves.shape_of(height, outputs, k, tiles, _multiprocessors(device))
+        residual = source.constants["FALLBACK"]
+        shape = decode_halves.shape_of(height, outputs, k, tiles, _multiprocessors(device), residual)
         return decode_halves.multiply_halves(x, source, outputs, height, table, bias, operand, shape)
     if operand is not None:
         x = quant_terms.fake_quantise(x, operand, nonfinite="propagate", dtype=x.dtype)

@@ -3,9 +3,9 @@
     y[m, n] = sum over blocks b of s[n, b] * sum over the block of w[n, k] x[m, k]
 
 A word of eight nibbles becomes eight float16 numbers with 11 integer instructions. An inner sum is one product of 32,
-exact in float32, and the block's scale is applied to it, not to the elements. The program's warps take different
-blocks of the same outputs, and the contraction may be split further over programs: the last of them to finish adds the
-partial sums, always in one order, so that the same x gives the same y.
+exact in float32, and the block's scale is applied to it, not to the elements. A program's warps take different
+outputs, or blocks of the same ones, and the contraction may be split over programs: the last of them to finish adds
+the partial sums, always in one order, so that the same x gives the same y.
 """
 
 from __future__ import annotations
@@ -54,8 +54,10 @@ def _half(nibble):
 
 
 @triton.jit
-def _elements(byte, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
-    """2^-14 of the values of bytes [WIDTH, 16 BLOCKS]: float16 [BLOCKS, WIDTH, 32], of eight 0, 2, 4, 6, 1, 3, 5, 7.
+def _elements(byte, SHARES: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
+    """2^-14 of the values of bytes [SHARES WIDTH, 16 BLOCKS]: float16 [BLOCKS SHARES, WIDTH, 32].
+
+    Every eight are 0, 2, 4, 6, 1, 3, 5, 7.
 
     In that order no value moves between a thread's registers, or between threads: a word is a lane's share.
     """
@@ -65,8 +67,8 @@ def _elements(byte, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
         low, high = tl.inline_asm_elementwise(
             _UNPACK, "=r,=r,=r,=r,r", [byte], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
-    words = tl.reshape(tl.join(low, high), [WIDTH, BLOCKS, 4, 4, 2])
-    return tl.reshape(tl.permute(words, [1, 0, 2, 4, 3]), [BLOCKS, WIDTH, 32])
+    words = tl.reshape(tl.join(low, high), [SHARES, WIDTH, BLOCKS, 4, 4, 2])
+    return tl.reshape(tl.permute(words, [2, 0, 1, 3, 5, 4]), [BLOCKS * SHARES, WIDTH, 32])
 
 
 @triton.jit
@@ -78,14 +80,15 @@ def _reciprocal(f):
 
 
 @triton.jit
-def _block_scales(code, byte, METHOD: tl.constexpr):
-    """Block scales float32 [BLOCKS, WIDTH] of E8M0 codes and macro bytes [WIDTH, BLOCKS]."""
+def _block_scales(code, byte, METHOD: tl.constexpr, SHARES: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
+    """Block scales float32 [BLOCKS SHARES, WIDTH, 1] of E8M0 codes and macro bytes [SHARES WIDTH, BLOCKS]."""
     scale = power_of_two(code.to(tl.int32))
     if METHOD == 3:  # as terms.factors
         scale = scale * (1.0 + byte.to(tl.float32) * 0.25)
     elif METHOD != 0:
         scale = scale * _reciprocal(1.0 + byte.to(tl.float32) * 0.00390625)
-    return tl.permute(scale, [1, 0])
+    scale = tl.permute(tl.reshape(scale, [SHARES, WIDTH, BLOCKS]), [2, 0, 1])
+    return tl.reshape(scale, [BLOCKS * SHARES, WIDTH])[:, :, None]
 
 
 @triton.jit
@@ -106,23 +109,26 @@ def _prefetch(codes, row, rows, width, first, WIDTH: tl.constexpr, BYTES: tl.con
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _kernel(
+def _product(
     x, x_stride, units, table, codes, scales, macro, residual_codes, residual_scales, alpha, bias, out, partial,
     finished, code_bytes, residual_bytes, rows, outputs, code_width, scale_width, macro_width,
-    LENGTH: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    LENGTH: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, SHARES: tl.constexpr,
+    DEPTH: tl.constexpr,
     EVEN: tl.constexpr, METHOD: tl.constexpr, MACRO: tl.constexpr, FALLBACK: tl.constexpr, AHEAD: tl.constexpr,
     THREADS: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = DEPTH // 32
+    SHARE: tl.constexpr = WIDTH // SHARES
+    ALONG: tl.constexpr = THREADS // 32 // SHARES  # warps along K
     tile, part = tl.program_id(1), tl.program_id(2)
     if AHEAD > 0:
-        gdc_launch_dependents()
         if AHEAD == 2:
             at, from_byte = tl.program_id(0) * WIDTH, part * (LENGTH // 2)
             _prefetch(code_bytes, at, outputs, code_width, from_byte, WIDTH, LENGTH // 2, THREADS)
             if FALLBACK:
                 _prefetch(residual_bytes, at, outputs, code_width, from_byte, WIDTH, LENGTH // 2, THREADS)
         gdc_wait()  # all that is read or written from here on may be of the kernel ahead
+        gdc_launch_dependents()  # not sooner: kernels that wait would pile up and take the room of this one
     expert, start, stop = 0, tile * BM, rows
     if table is not None:
         expert, start, stop = tl.load(table + 3 * tile), tl.load(table + 3 * tile + 1), tl.load(table + 3 * tile + 2)
@@ -130,7 +136,9 @@ def _kernel(
             return
     first_output = tl.program_id(0) * WIDTH
     column, r = first_output + tl.arange(0, WIDTH), start + tl.arange(0, BM)
-    weight_row = (expert * outputs + column % outputs).to(tl.int64)[:, None]  # beyond the end, any will do
+    weight_row = (expert * outputs + tl.minimum(column, outputs - 1)).to(tl.int64)[
+        :, None
+    ]  # beyond the end, any will do
     inside, left = (r < stop)[:, None], x + r.to(tl.int64)[:, None] * x_stride
     c, b = tl.arange(0, DEPTH), part * (LENGTH // 32) + tl.arange(0, BLOCKS)
     here = scales + weight_row * scale_width + b[None, :]
@@ -145,7 +153,7 @@ def _kernel(
     code = tl.load(here, mask=there, other=0)
     byte = tl.load(factor + (b * 32 // MACRO)[None, :], mask=there, other=0) if METHOD != 0 else code
     code_2 = tl.load(second, mask=there, other=0) if FALLBACK else code
-    total = tl.zeros((BLOCKS, WIDTH, BM), tl.float32)
+    total = tl.zeros((ALONG * SHARES, SHARE, BM), tl.float32)
     for step in range(0, LENGTH, DEPTH):
         first = part * LENGTH + step
         ahead = (step // 32 + BLOCKS) + b
@@ -158,13 +166,16 @@ def _kernel(
         next_code_2 = tl.load(second + step // 32 + BLOCKS, mask=there, other=0) if FALLBACK else next_code
         held = tl.load(left + first + c[None, :], mask=inside, other=0.0)
         right = tl.permute(tl.reshape(held, [BM, BLOCKS, 32]), [1, 2, 0])
-        w = _elements(codes.load([expert * outputs + first_output, first // 2]), WIDTH, BLOCKS)
-        total += tl.dot(w, right) * _block_scales(code, byte, METHOD)[:, :, None]
+        right = tl.broadcast_to(right[:, None, :, :], [BLOCKS, SHARES, 32, BM])
+        right = tl.reshape(right, [BLOCKS * SHARES, 32, BM])
+        w = _elements(codes.load([expert * outputs + first_output, first // 2]), SHARES, SHARE, BLOCKS)
+        sums = tl.dot(w, right) * _block_scales(code, byte, METHOD, SHARES, SHARE, BLOCKS)
         if FALLBACK:
-            w = _elements(residual_codes.load([expert * outputs + first_output, first // 2]), WIDTH, BLOCKS)
-            total += tl.dot(w, right) * (_block_scales(code_2, byte, METHOD) * alpha)[:, :, None]
+            w = _elements(residual_codes.load([expert * outputs + first_output, first // 2]), SHARES, SHARE, BLOCKS)
+            sums += tl.dot(w, right) * (_block_scales(code_2, byte, METHOD, SHARES, SHARE, BLOCKS) * alpha)
+        total += tl.sum(tl.reshape(sums, [BLOCKS // ALONG, ALONG * SHARES, SHARE, BM]), 0)
         code, byte, code_2 = next_code, next_byte, next_code_2
-    y = tl.sum(total, 0)
+    y = tl.reshape(tl.sum(tl.reshape(total, [ALONG, SHARES, SHARE, BM]), 0), [WIDTH, BM])
     to = r.to(tl.int64)[None, :] * outputs + column[:, None]
     inside = (r < stop)[None, :] & (column < outputs)[:, None]
     unit = tl.load(units + r, mask=r < stop, other=1.0)[None, :] * _TO_VALUE
@@ -190,27 +201,37 @@ class Shape:
     """How a product is cut.
 
     width   outputs of a program
-    depth   elements along K of a step, for all warps together: 32 a warp, or a multiple
-    warps, stages  of a program, and of its pipeline
+    depth   elements along K of a step
+    warps   of a program
+    shares  parts of the outputs, each with as many of the warps, which share out the blocks of a step
+    stages  of the pipeline
     split   programs along K
     ahead   1: the kernels start before those ahead of them end, and wait for them; 2: meanwhile weights are asked for
+
+    A part has at least 16 outputs, and a step at least a block for each of its warps. Sums over several warps go
+    through shared memory at the end, which costs more than it gains when there are more than two or four.
     """
 
     width: int
     depth: int
     warps: int
+    shares: int
     stages: int
     split: int
     ahead: int = 0
 
 
-def shape_of(height: int, outputs: int, k: int, tiles: int, multiprocessors: int) -> Shape:
-    """The shape for tiles of `height` rows: enough programs for every multiprocessor to hold two."""
-    # With more rows fewer warps fit, by their registers, and x is read so often that wide programs pay.
-    width, depth, warps = (64, 256, 8) if height <= 16 else (64, 128, 4) if height <= 32 else (32, 128, 4)
+def shape_of(height: int, outputs: int, k: int, tiles: int, multiprocessors: int, residual: int = 0) -> Shape:
+    """The shape for tiles of `height` rows: enough programs for every multiprocessor to hold two.
+
+    residual  weights have a second term
+    """
+    # With more rows there are more sums for the same registers.
+    narrow = height > 32 or (height > 16 and residual)
+    width, depth, shares = (32, 128, 2) if narrow else (64, 128, 4) if height > 16 else (64, 256, 4)
     programs = triton.cdiv(outputs, width) * tiles
     split = max(1, min(2 * multiprocessors // programs, triton.cdiv(k, 512)))  # programs are few where it is above 1
-    return Shape(width, depth, warps, stages=4, split=split)
+    return Shape(width, depth, 4, shares, stages=4, split=split)
 
 
 def multiply_halves(
@@ -236,11 +257,11 @@ def multiply_halves(
     codes, scales, macro, residual_codes, residual_scales = source.pointers
     box = [shape.width, shape.depth // 2]
     constants = {key: value for key, value in source.constants.items() if key != "BLOCK"}
-    _kernel[(columns, tiles, split)](
+    _product[(columns, tiles, split)](
         values, values.stride(0), units, table, _described(codes, box), scales, macro, _described(residual_codes, box),
         residual_scales, source.alpha, bias, out, partial, _finished(device) if split > 1 else None, codes,
         residual_codes, rows, outputs, *source.widths,
-        LENGTH=length, SPLIT=split, BM=height, WIDTH=shape.width, DEPTH=shape.depth,
+        LENGTH=length, SPLIT=split, BM=height, WIDTH=shape.width, SHARES=shape.shares, DEPTH=shape.depth,
         EVEN=blocks * BLOCK == length * split, AHEAD=ahead, THREADS=threads, **constants,
         num_warps=shape.warps, num_stages=shape.stages, launch_pdl=ahead > 0,
     )  # fmt: skip

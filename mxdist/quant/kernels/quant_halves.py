@@ -17,8 +17,8 @@ from mxdist.quant.kernels.device import EXPONENT_MASK, power_of_two
 from mxdist.quant.kernels.options import TermOptions, missing_in_terms
 from mxdist.quant.recipe import Operand
 
-_WIDTHS, _WARPS = (512, 2048), 4
-"""Columns of a program, one row high, for few and for many of them, and its warps."""
+_WIDTHS, _WARPS = (512, 2048), (4, 8)
+"""Columns of a program, one row high, for few and for many of them; its warps, for short and for long rows."""
 _MANY = 264
 _READ = 2048
 _TOP = tl.constexpr(13)
@@ -38,14 +38,14 @@ def _row_code(x, columns, READS: tl.constexpr, READ: tl.constexpr):
 
 
 @triton.jit
-def _kernel(
+def _to_halves(
     x, stride, columns, alpha, values, values_stride, units,
     READS: tl.constexpr, READ: tl.constexpr, WIDTH: tl.constexpr, QUANTISE: tl.constexpr, METHOD: tl.constexpr,
     BITS: tl.constexpr, CARRY: tl.constexpr, SATURATE: tl.constexpr, FALLBACK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(1)
     source, c = x + row.to(tl.int64) * stride, tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     z = tl.load(source + c, mask=c < columns, other=0.0).to(tl.float32)
@@ -86,10 +86,10 @@ def quantise_halves(x: Tensor, operand: Operand | None, width: int, early: bool 
     values = torch.empty(rows, width, dtype=torch.float16, device=x.device)
     units = torch.empty(rows, dtype=torch.float32, device=x.device)
     columns = _WIDTHS[rows * triton.cdiv(width, _WIDTHS[0]) > _MANY]  # every program looks at all of its row
-    _kernel[(triton.cdiv(width, columns), rows)](
+    _to_halves[(triton.cdiv(width, columns), rows)](
         x, x.stride(0), k, options.alpha, values, width, units,
         READS=triton.cdiv(k, _READ), READ=_READ, WIDTH=columns, QUANTISE=operand is not None, METHOD=options.method,
         BITS=options.bits, CARRY=options.carry, SATURATE=options.saturate, FALLBACK=options.fallback,
-        EARLY=early, num_warps=_WARPS, enable_fp_fusion=False, launch_pdl=early,
+        EARLY=early, num_warps=_WARPS[k > 2 * _READ], enable_fp_fusion=False, launch_pdl=early,
     )  # fmt: skip
     return values, units

@@ -151,8 +151,14 @@ def halves_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     every = {key: value for key, value in every.items() if key not in absent}
     for name, constants in (("plain", plain), ("all", every)):
         shape = _halves_shape(constants)
-        cut = {"WIDTH": shape.width, "DEPTH": shape.depth, "LENGTH": 1024, "THREADS": 32 * shape.warps}
-        yield f"halves, {name}", decode_halves._kernel, constants | cut, shape.warps
+        cut = {
+            "WIDTH": shape.width,
+            "DEPTH": shape.depth,
+            "LENGTH": 1024,
+            "THREADS": 32 * shape.warps,
+            "SHARES": shape.shares,
+        }
+        yield f"halves, {name}", decode_halves._product, constants | cut, shape.warps
     options = {
         "CARRY": CEIL,
         "SATURATE": False,
@@ -161,11 +167,11 @@ def halves_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
         "READ": quant_halves._READ,
     }
     options |= {"READS": 6, "QUANTISE": True, "EARLY": True, "METHOD": terms.STATIC.value, "FALLBACK": True}
-    yield "rows to halves", quant_halves._kernel, options, quant_halves._WARPS
+    yield "rows to halves", quant_halves._to_halves, options, quant_halves._WARPS[1]
 
 
 def _halves_shape(constants: Any) -> decode_halves.Shape:
-    return decode_halves.shape_of(constants["BM"], 2560, 2048, 1, 132)
+    return decode_halves.shape_of(constants["BM"], 2560, 2048, 1, 132, constants["FALLBACK"])
 
 
 def blackwell_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
@@ -179,9 +185,9 @@ def compile_kernel(kernel: Any, constants: dict[str, object], warps: int, arch: 
     """Registers, spilt bytes, ptxas warnings and PTX of one kernel."""
     names = [name for name in kernel.arg_names if name not in constants]
     signature = {name: (POINTERS | NUMBERS).get(name, "i32") for name in names}
-    if kernel in (decode_halves._kernel, quant_halves._kernel):
-        signature["x" if kernel is decode_halves._kernel else "values"] = "*fp16"
-    if kernel is decode_halves._kernel:
+    if kernel in (decode_halves._product, quant_halves._to_halves):
+        signature["x" if kernel is decode_halves._product else "values"] = "*fp16"
+    if kernel is decode_halves._product:
         box = f"tensordesc<u8[{constants['WIDTH']}, {constants['DEPTH'] // 2}]>"
         signature |= {name: box for name in ("codes", "residual_codes") if name in signature}
     for name in ("a_scale", "b_scale"):
@@ -196,11 +202,11 @@ def compile_kernel(kernel: Any, constants: dict[str, object], warps: int, arch: 
     multiples = sizes | {n for n in names if signature[n].startswith("*")}
     aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in multiples}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
-    fused = "METHOD" not in constants or kernel is decode_halves._kernel
+    fused = "METHOD" not in constants or kernel is decode_halves._product
     options = {"num_warps": warps, "enable_fp_fusion": fused}  # as launched
     if kernel is decode._kernel:
         options["num_stages"] = decode.STAGES
-    if kernel is decode_halves._kernel:
+    if kernel is decode_halves._product:
         options["num_stages"] = _halves_shape(constants).stages
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]

@@ -109,8 +109,8 @@ def test_x_may_be_quantised_on_the_way(name: str) -> None:
 def test_a_split_contraction_gives_the_same_bits_again(k: int) -> None:
     x, weight = quantised(9, k, torch.bfloat16), packed(70, k, OPERANDS["both"])
     source = Source.of(weight)
-    for split, ahead in ((1, 0), (3, 0), (3, 1), (1, 2)) if DEVICE.type == "cuda" else ((1, 0), (3, 0)):
-        shape = decode_halves.Shape(32, 128, 4, 3, split, ahead)
+    for width, warps, shares, split, ahead in ((32, 4, 2, 1, 0), (64, 8, 4, 3, 0), (16, 4, 1, 3, 1), (64, 4, 4, 1, 2)):
+        shape = decode_halves.Shape(width, 128, warps, shares, 3, split, ahead)
         got, again = (decode_halves.multiply_halves(x, source, 70, 16, None, None, None, shape) for _ in range(2))
         assert_is_rounding_of(got, x, weight)
         assert torch.equal(got, again)
