@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 class DividedMxLinear(MxLinear):
     """Its weight has no elements here unless it is gathered, so the packed form alone knows which update it is of."""
 
+    keeps_prepared = False
     recomputed = False
     """Whether the layer is computed again in the backward pass, so that nothing is kept of its forward pass."""
 
@@ -55,9 +56,6 @@ class DividedMxLinear(MxLinear):
 
         with saved_tensors_hooks(pack, unpack):
             return super().product(x, weight_q)
-
-    def _prepare(self, quantised: MXTensor) -> None:  # noqa: ARG002
-        return None
 
     def _identity(self) -> tuple[int, int]:
         return 0, 0

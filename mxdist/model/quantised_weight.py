@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mxdist.model.draws import GradientDraws
-from mxdist.quant.backend import prepare_weight, quantise
+from mxdist.quant.backend import prepare_weights, quantise
 from mxdist.quant.recipe import Recipe
 from mxdist.quant.tensor import MXTensor
 
@@ -36,6 +36,8 @@ class QuantisedWeight:
     recipe: Recipe | None = None
     draws: GradientDraws | None = None
     observer: Observer | None = None
+    keeps_prepared = True
+    """Whether what products take is kept from one optimizer update to the next, and not made when they take it."""
     _quantised: MXTensor | None = None
     _prepared: "Tensor | HopperWeight | None" = None
     _made_from: tuple[int, int] | None = None
@@ -78,9 +80,9 @@ class QuantisedWeight:
         if self.observer is not None:
             self.observer(self, x, y)
 
-    def store(self, quantised: MXTensor) -> None:
-        """Take the packed form [out, in] of the present master weight, and make of both what products take."""
-        self._quantised, self._prepared = quantised, self._prepare(quantised)
+    def store(self, quantised: MXTensor, prepared: "Tensor | HopperWeight | None") -> None:
+        """Take the packed form [out, in] of the present master weight, and what products take of it."""
+        self._quantised, self._prepared = quantised, prepared
         self._made_from = self._identity()
         self._fingerprint = self._sum_of_bits()
 
@@ -120,22 +122,6 @@ class QuantisedWeight:
         weight = self.weight
         return weight._version, weight.data_ptr()
 
-    def _prepare(self, quantised: MXTensor) -> "Tensor | HopperWeight | None":
-        assert self.recipe is not None
-        return prepare_weight(self.weight, self.recipe, quantised, name=self.name, nonfinite="propagate")
-
-    def _bytes_have_rounded(self) -> Tensor | None:
-        """bool on the device; None where no bytes were made."""
-        if self._prepared is None or isinstance(self._prepared, Tensor) or self._quantised is None:
-            return None
-        return self._prepared.rounded(self._quantised, self.weight.dtype)
-
-    def _multiply_values(self) -> None:
-        assert self._prepared is not None
-        assert not isinstance(self._prepared, Tensor)
-        assert self._quantised is not None
-        self._prepared = self._prepared.as_values(self._quantised, self.weight.dtype)
-
     def _sum_of_bits(self) -> Tensor | int:
         return self.weight.detach().view(torch.int16).sum(dtype=torch.int64)
 
@@ -159,30 +145,27 @@ def requantise(model: nn.Module) -> None:
     """
     together: dict[tuple, list[QuantisedWeight]] = {}
     for module in quantised_weights(model):
-        assert module.recipe is not None
-        key = (module.weight_size[1], module.weight.dtype, module.recipe.w)
+        key = (module.weight_size, module.weight.dtype, module.recipe)
         together.setdefault(key, []).append(module)
-    for (_, _, operand), alike in together.items():
+    for alike in together.values():
         for modules in _runs(alike):
-            with modules[0].whole_weights(modules):
-                quantised = quantise(torch.cat([module.weight for module in modules]), operand)
-                start = 0
-                for module in modules:
-                    stop = start + module.weight_size[0]
-                    module.store(quantised[start:stop])
-                    start = stop
-    _leave_bytes_that_round(model)
+            _requantise_together(modules)
 
 
-def _leave_bytes_that_round(model: nn.Module) -> None:
-    """Every product multiplies exactly the packed form: a weight whose bytes cannot hold it is multiplied as values."""
-    found = [(module, module._bytes_have_rounded()) for module in quantised_weights(model)]
-    flags = [flag for _, flag in found if flag is not None]
-    if flags:
-        rounded = iter(torch.stack(flags).tolist())  # the one time that the host waits for all of them
-        for module, flag in found:
-            if flag is not None and next(rounded):
-                module._multiply_values()
+def _requantise_together(modules: "Sequence[QuantisedWeight]") -> None:
+    """Modules alike in shape, dtype and recipe."""
+    first, recipe = modules[0], modules[0].recipe
+    assert recipe is not None
+    assert recipe.w is not None
+    with first.whole_weights(modules):
+        weights = torch.cat([module.weight for module in modules])
+    quantised = quantise(weights, recipe.w)
+    prepared: Sequence[Tensor | HopperWeight | None] = [None] * len(modules)
+    if first.keeps_prepared:
+        prepared = prepare_weights(weights, len(modules), recipe, quantised, first.name)
+    rows = first.weight_size[0]
+    for index, module in enumerate(modules):
+        module.store(quantised[index * rows : (index + 1) * rows], prepared[index])
 
 
 def _runs(modules: list[QuantisedWeight]) -> Iterator[list[QuantisedWeight]]:

@@ -107,10 +107,31 @@ def dequantise(packed: MXTensor, dtype: torch.dtype) -> Tensor:
     return expand(packed, dtype)
 
 
+def prepare_weights(
+    weights: Tensor, count: int, recipe: Recipe, packed: MXTensor, name: str
+) -> list[Tensor | HopperWeight]:
+    """`prepare_weight` of `count` equal weights that stand one below the other, [count * N, K], `packed` all together.
+
+    Bytes that cannot hold a weight exactly are found, for which the host waits once, and the weight is left as values:
+    whatever multiplies, it multiplies exactly what `packed` says.
+    """
+    weights, rows = weights.detach(), len(weights) // count
+    choice = _plan(weights, rows, recipe, None, name)
+    parts = range(0, len(weights), rows)
+    if choice is None:
+        return [dequantise(packed[start : start + rows], weights.dtype) for start in parts]
+    from mxdist.quant.kernels import prepared
+
+    found, rounded = prepared.prepare_weights(weights, count, recipe, choice, packed, name)
+    return [
+        each.as_values(packed[start : start + rows], weights.dtype) if rounds else each
+        for each, rounds, start in zip(found, rounded.tolist(), parts, strict=True)
+    ]
+
+
 def prepare_weight(
     weight: Tensor,
     recipe: Recipe,
-    packed: MXTensor | None = None,
     *,
     frozen: Frozen | None = None,
     name: str = "weight",
@@ -121,30 +142,34 @@ def prepare_weight(
     That is operands of FP8 GEMMs where the device and `kernels.plan` have some for this recipe and shape, and else
     values of the weight's dtype, for the reference; off the CPU the first weight of each reason is named in the log.
 
-    packed  the same weight quantised already, which saves doing it again.
     frozen  lists the tiles of X that have a residual; given to `mx_linear` as well.
     """
+    weight = weight.detach()
+    choice = _plan(weight, len(weight), recipe, frozen, name)
+    if choice is None:
+        assert recipe.w is not None
+        return fake_quantise(weight, recipe.w, name=name, nonfinite=nonfinite, dtype=weight.dtype)
+    from mxdist.quant.kernels import prepared
+
+    return prepared.prepare_weight(weight, recipe, choice, frozen=frozen, name=name, nonfinite=nonfinite)
+
+
+def _plan(weights: Tensor, rows: int, recipe: Recipe, frozen: Frozen | None, name: str) -> plan.Plan | None:
+    """What multiplies weights of so many rows; None is the reference."""
     if recipe.w is None:
         raise ValueError(f"recipe {recipe.name!r} leaves weights alone: {name} has no quantised weight.")
-    weight = weight.detach()
-    lacking = quantisers_lack(weight.device)
-    if lacking is None and weight.dtype not in (torch.bfloat16, torch.float32):
-        lacking = f"the kernels multiply bfloat16 and float32, not {weight.dtype}"
+    lacking = quantisers_lack(weights.device)
+    if lacking is None and weights.dtype not in (torch.bfloat16, torch.float32):
+        lacking = f"the kernels multiply bfloat16 and float32, not {weights.dtype}"
     if lacking is None:
         listed = frozen is not None and frozen.tiles is not None
-        choice = plan.backend(recipe, weight.shape[0], weight.shape[1], weight.device, listed)
+        choice = plan.backend(recipe, rows, weights.shape[1], weights.device, listed)
         if choice.forward.gemm is not plan.Gemm.REFERENCE:
-            from mxdist.quant.kernels import prepared
-
-            return prepared.prepare_weight(
-                weight, recipe, choice, packed, frozen=frozen, name=name, nonfinite=nonfinite
-            )
+            return choice
         lacking = choice.forward.reason
-    if weight.device.type != "cpu":
+    if weights.device.type != "cpu":
         say_once(name, lacking)
-    if packed is None:
-        return fake_quantise(weight, recipe.w, name=name, nonfinite=nonfinite, dtype=weight.dtype)
-    return dequantise(packed, weight.dtype)
+    return None
 
 
 def nonfinite_in_passing(device: torch.device) -> NonFinite:

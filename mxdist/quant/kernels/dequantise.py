@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mxdist.quant.kernels.device import INTERPRETED
 from mxdist.quant.kernels.forms import Form, Fp8Matrix
 
 _ROWS, _COLS = 32, 256
@@ -31,11 +32,12 @@ def dequantise(matrix: Fp8Matrix, dtype: torch.dtype = torch.bfloat16) -> Tensor
     if matrix.rotated:
         raise ValueError("a rotated matrix is only multiplied with another one, not read.")
     rows, k = matrix.rows, matrix.k
-    out = torch.empty(rows, k, dtype=dtype, device=matrix.data.device)
+    # The interpreter casts to bfloat16 by cutting bits off.
+    out = torch.empty(rows, k, dtype=torch.float32 if INTERPRETED.value else dtype, device=matrix.data.device)
     if out.numel():
         _kernel[(triton.cdiv(k, _COLS), triton.cdiv(rows, _ROWS))](
             matrix.data, matrix.data.stride(0), matrix.scale, matrix.scale.stride(0),
             0 if matrix.form is Form.ROW else matrix.scale.stride(1), out, rows, k,
             SQUARE=matrix.form is Form.SQUARE, ROWS=_ROWS, COLS=_COLS, num_warps=4,
         )  # fmt: skip
-    return out
+    return out.to(dtype)

@@ -53,7 +53,7 @@ class Fp8Weight:
 @triton.jit
 def _kernel(
     w, stride, rows, columns, flag, reference, data, data_stride, scale, scale_stride,
-    data_t, data_t_stride, scale_t, scale_t_stride,
+    data_t, data_t_stride, scale_t, scale_t_stride, each, data_t_each, scale_t_each,
     SQUARE: tl.constexpr, WHOLE: tl.constexpr, FOLDED: tl.constexpr, CARRY: tl.constexpr, SATURATE: tl.constexpr,
     CHECK: tl.constexpr,
 ):  # fmt: skip
@@ -91,10 +91,14 @@ def _kernel(
     # Cast once per orientation, of values the compiler takes for different (+ 0.0): from the bytes of one cast it
     # builds wrong ones for the other (Triton 3.6.0; the GPU tests compare both).
     y_t = (tl.trans(y) + 0.0).to(tl.float8e4nv)
-    tl.store(data_t + c.to(tl.int64)[:, None] * data_t_stride + r[None, :], y_t, mask=inside)
+    number = row // each  # of the weight among those that stand one below the other
+    r = r - number * each
+    to = data_t + number.to(tl.int64) * data_t_each
+    tl.store(to + c.to(tl.int64)[:, None] * data_t_stride + r[None, :], y_t, mask=inside)
     if not WHOLE:
         tl.store(scale + tl.program_id(1) * scale_stride + tl.program_id(0), power_of_two(unit))
-        tl.store(scale_t + tl.program_id(0) * scale_t_stride + tl.program_id(1), power_of_two(unit))
+        to = scale_t + number.to(tl.int64) * scale_t_each + tl.program_id(0) * scale_t_stride
+        tl.store(to + tl.program_id(1) - number * (each // 128), power_of_two(unit))
 
 
 def quantise_weight(
@@ -123,30 +127,64 @@ def quantise_weight(
     """
     if form is Form.TILE:
         raise ValueError("tiles of W and of W^T share no scale: a weight is SQUARE or ROW.")
+    n, k = weight.shape
+    if out is None:
+        out = Fp8Weight(empty_tiles(n, k, form, weight.device), empty_tiles(k, n, form, weight.device))
+    if form is Form.ROW and unit is None and weight.numel():
+        unit, value = whole_units(weight.detach().unsqueeze(0), operand)
+        out.forward.scale.copy_(value.expand(n, 1))
+        out.transposed.scale.copy_(value.expand(k, 1))
+    _launch(weight, operand, out, unit, name, nonfinite)
+    return out
+
+
+def quantise_weights(
+    weights: Tensor, count: int, operand: Operand, name: str = "weight", nonfinite: NonFinite = "error"
+) -> list[Fp8Weight]:
+    """`quantise_weight` of `count` equal weights that stand one below the other, [count * N, K], in one launch.
+
+    Form SQUARE; N is a multiple of 128.
+    """
+    rows, k = weights.shape
+    n = rows // count
+    if rows % count or n % TILE:
+        raise ValueError(f"{rows} rows are not {count} weights of whole squares.")
+    forward = empty_tiles(rows, k, Form.SQUARE, weights.device)
+    squares, down = n // TILE, -(-k // TILE)
+    data = torch.empty(count, k, n, dtype=torch.float8_e4m3fn, device=weights.device)
+    scale = torch.empty(count, down, -(-squares // 4) * 4, dtype=torch.float32, device=weights.device)
+    transposed = Fp8Matrix(data, scale, Form.SQUARE, n)
+    _launch(weights, operand, Fp8Weight(forward, transposed), None, name, nonfinite, n)
+    parts = zip(forward.data.split(n), forward.scale.split(squares), data.unbind(), scale.unbind(), strict=True)
+    return [
+        Fp8Weight(Fp8Matrix(w, s, Form.SQUARE, k), Fp8Matrix(w_t, s_t[:, :squares], Form.SQUARE, n))
+        for w, s, w_t, s_t in parts
+    ]
+
+
+def _launch(
+    weight: Tensor, operand: Operand, out: Fp8Weight, unit: Tensor | None, name: str, nonfinite: NonFinite,
+    each: int | None = None,
+) -> None:  # fmt: skip
+    """`each`: rows of one weight where several stand one below the other; `out.transposed` has an axis for them."""
+    form = out.forward.form
     folded = operand.macro is not None and operand.macro.method == "folded" and operand.macro.size == TILE
     if operand.macro is not None and not (folded and form is Form.SQUARE and not operand.square):
         raise UnsupportedOperandError("macro factors of weights differ along N, so W^T cannot share their bytes.")
     options = options_of(Operand(scale_rule=operand.scale_rule, fallback=operand.fallback, block=operand.block))
-    n, k = weight.shape
+    if not weight.numel():
+        return
     if weight.stride(-1) != 1:
         weight = weight.contiguous()
-    if out is None:
-        out = Fp8Weight(empty_tiles(n, k, form, weight.device), empty_tiles(k, n, form, weight.device))
-    forward, transposed = out.forward, out.transposed
-    if not weight.numel():
-        return out
+    (n, k), forward, transposed = weight.shape, out.forward, out.transposed
     flag = Flag(weight.device, nonfinite)
-    whole = form is Form.ROW
-    if whole and unit is None:
-        unit, value = whole_units(weight.detach().unsqueeze(0), operand)
-        forward.scale.copy_(value.expand(n, 1))
-        transposed.scale.copy_(value.expand(k, 1))
     _kernel[(triton.cdiv(k, TILE), triton.cdiv(n, TILE))](
         weight, weight.stride(0), n, k, flag.pointer, unit,
         forward.data, forward.data.stride(0), forward.scale, forward.scale.stride(0),
-        transposed.data, transposed.data.stride(0), transposed.scale, transposed.scale.stride(0),
-        SQUARE=operand.square, WHOLE=whole, FOLDED=folded, CARRY=SCALE_CARRY[operand.scale_rule],
+        transposed.data, transposed.data.stride(-2), transposed.scale, transposed.scale.stride(-2),
+        each or triton.cdiv(n, TILE) * TILE, transposed.data.stride(0) if each else 0,
+        transposed.scale.stride(0) if each else 0,
+        SQUARE=operand.square, WHOLE=form is Form.ROW, FOLDED=folded, CARRY=SCALE_CARRY[operand.scale_rule],
         SATURATE=options.saturate, CHECK=flag.checked, num_warps=8, enable_fp_fusion=not folded,
     )  # fmt: skip
     flag.raise_if_set(weight, name)
-    return out

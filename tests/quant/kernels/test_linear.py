@@ -16,7 +16,7 @@ from mxdist.quant import backend
 from mxdist.quant.fallback import choose_tiles, tile_maxima
 from mxdist.quant.kernels import linear as kernels
 from mxdist.quant.kernels.plan import Gemm, plan
-from mxdist.quant.kernels.prepared import HopperWeight, prepare_weight
+from mxdist.quant.kernels.prepared import HopperWeight, prepare_weight, prepare_weights, rounding_squares
 from mxdist.quant.linear import mx_linear, reference_linear
 from mxdist.quant.recipe import Fallback, Macro, Operand, Recipe, get_recipe
 from mxdist.quant.reference import fake_quantise, quantise
@@ -65,6 +65,38 @@ def test_operands_hold_the_values_of_the_packed_form(recipe: Recipe) -> None:
             assert torch.equal(prepared.transposed.dequantise().t(), packed.dequantise())
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_weights_prepared_together_are_those_prepared_alone(recipe: Recipe) -> None:
+    w = torch.cat([matrix(256, 384, seed=seed) for seed in range(3)])
+    packed, choice = quantise(w, recipe.w), plan(recipe, 256, 384)
+    together, rounded = prepare_weights(w, 3, recipe, choice, packed, "weight")
+    assert not rounded.any()
+    for index, ours in enumerate(together):
+        alone = prepare_weight(w[256 * index :][:256], recipe, choice)
+        assert torch.equal(ours.dequantise(torch.float32), alone.dequantise(torch.float32))
+        for got, expected in ((ours.forward, alone.forward), (ours.transposed, alone.transposed)):
+            assert (got is None) == (expected is None)
+            if got is not None:
+                assert torch.equal(got.data.view(torch.uint8), expected.data.view(torch.uint8))
+                assert torch.equal(got.scale, expected.scale)
+                assert got.scale.stride() == expected.scale.stride()
+                assert got.data.is_contiguous()
+
+
+@pytest.mark.parametrize(("binades", "operand"), [(14, Operand()), (11, FOLDED)], ids=["plain", "folded"])
+def test_what_bytes_cannot_hold_is_seen_from_the_codes(binades: int, operand: Operand) -> None:
+    recipe = Recipe("x", x_fwd=Operand(), w=operand)
+    grid = torch.tensor([6.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=DEVICE).repeat(4)
+    for extra, wrong in ((0, False), (1, True)):
+        w = torch.zeros(256, 128, device=DEVICE)
+        w[:7, :32], w[7, 64:96] = grid, grid * 2.0 ** -(binades + extra)
+        packed = quantise(w, operand)
+        assert rounding_squares(packed).tolist() == [wrong, False]
+        prepared = prepare_weight(w, recipe, plan(recipe, 256, 128))
+        if not wrong or operand == Operand():  # values that a folded factor would miss need not be there
+            assert bool(prepared.rounded(packed, torch.float32)) == wrong
+
+
 def test_squares_that_span_more_than_bytes_hold_are_seen_and_multiplied_as_values() -> None:
     w, recipe = matrix(128, 256, dtype=torch.float32), get_recipe("mxfp4_g4")
     w[3] *= 2.0**-24
@@ -94,8 +126,7 @@ def test_without_gradients_nothing_is_quantised_for_them(monkeypatch: pytest.Mon
 
 def test_where_there_is_no_hopper_gpu_weights_are_prepared_as_values_for_the_reference() -> None:
     x, w, recipe = torch.randn(4, 64), torch.randn(32, 64), get_recipe("mxfp4")
-    for packed in (None, quantise(w, recipe.w)):
-        w_q = backend.prepare_weight(w, recipe, packed)
+    for w_q in (backend.prepare_weight(w, recipe), *backend.prepare_weights(w, 1, recipe, quantise(w, recipe.w), "w")):
         assert isinstance(w_q, torch.Tensor)
         assert torch.equal(w_q, fake_quantise(w, recipe.w))
     assert torch.equal(mx_linear(x, w, w_q, recipe), reference_linear(x, w, w_q, recipe))
