@@ -5,7 +5,7 @@ as one placement group that must fit on one node (STRICT_PACK). The groups are t
 consecutive ranks share one. Megatron-core numbers tensor-parallel neighbours first, then expert-parallel ones, then
 data-parallel, then pipeline stages (arXiv 2104.04473), so the outer kinds are those that cross the network.
 
-A rollout engine is one process of one node, and never divided.
+A rollout engine is on one node: one process, with those that vLLM starts where the engine is divided.
 """
 
 import math

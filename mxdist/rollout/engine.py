@@ -4,6 +4,8 @@ vLLM reads its environment variables while it is imported, so `worker.prepare_vl
 """
 
 import json
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +75,9 @@ class Engine:
             tensor_parallel_size=config.rollout.tensor_parallel,
             worker_extension_cls=f"{RankExtension.__module__}.{RankExtension.__name__}",
         )
+        if config.rollout.tensor_parallel > 1:
+            executor = self._llm.llm_engine.engine_core.engine_core.model_executor
+            executor.register_failure_callback(_end)
         self._llm.collective_rpc("rank_open", args=(shape.vocab_size, recipes))
         self._sleeps = config.rollout.sleep
         self._asleep: set[str] = set()
@@ -142,6 +147,13 @@ class Engine:
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         cleanup_dist_env_and_memory()
+
+
+def _end() -> None:
+    """Go with a process of the engine that died, so that all of them are replaced as one."""
+    sys.stderr.write("a process of this rollout engine died\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def execution(config: Config) -> dict[str, Any]:

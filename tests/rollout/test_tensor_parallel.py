@@ -1,9 +1,15 @@
 """An engine that is divided over two processes, with the real vLLM, against an undivided transformers model."""
 
+import os
+import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -44,7 +50,8 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     )
     process = EngineProcess(config, ModelShape(model, VOCABULARY, 1, STOPS, 0), tmp_path_factory.mktemp("engine"))
     yield process
-    process.close()
+    with suppress(BrokenProcessPool):  # by the last test
+        process.close()
 
 
 def request_of(noise: Noise = CLEAN) -> RolloutRequest:
@@ -129,7 +136,27 @@ def test_a_vocabulary_that_cannot_be_halved_is_named_with_one_that_can(engine: E
         engine.run(check_vocabulary, 100)
 
 
+@pytest.mark.parametrize("engine", ["qwen2-mxfp4_of"], indirect=True)
+def test_an_engine_goes_with_a_process_of_it_that_dies(engine: EngineProcess) -> None:
+    first, second = engine.run(in_each_process, process_id)
+    os.kill(second, signal.SIGKILL)
+    with pytest.raises(BrokenProcessPool):
+        engine.run(wait)
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(first) and psutil.Process(first).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the other process is left behind"
+        time.sleep(0.1)
+
+
 # Executed in the engine's processes ------------------------------------------------------------------------------
+
+
+def process_id(_process: Any) -> int:
+    return os.getpid()
+
+
+def wait(_worker: RolloutWorker) -> None:
+    time.sleep(30)
 
 
 def check_vocabulary(_worker: RolloutWorker, rows: int) -> None:
