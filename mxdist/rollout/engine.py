@@ -27,7 +27,7 @@ from mxdist.model.packed_checkpoint import quantisation_config
 from mxdist.model.recipes import ModelRecipes
 from mxdist.model.shape import ModelShape
 from mxdist.rollout import vllm_plugin
-from mxdist.rollout.products import GRAPH_TOKENS
+from mxdist.rollout.products import graph_sizes
 from mxdist.rollout.rank import Rank, RankExtension, Refusal
 
 KV_BLOCK = 32
@@ -174,13 +174,6 @@ def execution(config: Config) -> dict[str, Any]:
         "cudagraph_capture_sizes": graph_sizes(config.rollout.max_sequences),
     }
     return {"enforce_eager": False, "compilation_config": recorded}
-
-
-def graph_sizes(max_sequences: int) -> list[int]:
-    """Sequences that a step is recorded for; others take the next larger, up to an eighth more from 64 on."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, GRAPH_TOKENS + 1, 64)]
-    most = min(max_sequences, GRAPH_TOKENS)
-    return [*(size for size in sizes if size < most), most]
 
 
 def check_device() -> None:

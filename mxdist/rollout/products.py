@@ -34,6 +34,13 @@ GRAPH_TOKENS = 512
 """Most tokens of a batch that a CUDA graph holds; with more, launches are no longer what a step takes."""
 
 
+def graph_sizes(max_sequences: int) -> list[int]:
+    """Sequences that a step is recorded for; others take the next larger, which from 32 on is at most a quarter more."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, GRAPH_TOKENS + 1, 64)]
+    most = min(max_sequences, GRAPH_TOKENS)
+    return [*(size for size in sizes if size < most), most]
+
+
 class Product(StrEnum):
     """How a product with packed bytes is computed."""
 

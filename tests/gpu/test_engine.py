@@ -15,6 +15,7 @@ from mxdist.config.schema import Config, ModelConfig
 from mxdist.messages import Noise, Prompt, RolloutRequest, RolloutResult, SamplingSettings
 from mxdist.model.recipes import model_recipes
 from mxdist.model.shape import ModelShape
+from mxdist.rollout.products import graph_sizes
 from mxdist.rollout.worker import RolloutWorker
 from mxdist.sync.parity import compare_checksums
 from mxdist.sync.payload import learner_checksums
@@ -71,8 +72,6 @@ def sync(engine: EngineProcess, seed: int) -> None:
 
 
 def test_every_size_is_recorded_when_the_engine_starts(engine: EngineProcess) -> None:
-    from mxdist.rollout.engine import graph_sizes
-
     assert engine.run(recorded_sizes) == graph_sizes(SEQUENCES)
 
 

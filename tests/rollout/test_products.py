@@ -7,7 +7,16 @@ from mxdist.quant.linear import mx_linear
 from mxdist.quant.recipe import Operand, Recipe, get_recipe
 from mxdist.quant.reference import quantise
 from mxdist.rollout.live_weight import LiveWeight, keeps_values
-from mxdist.rollout.products import Abilities, Product, abilities, choose, linear, live_values
+from mxdist.rollout.products import (
+    GRAPH_TOKENS,
+    Abilities,
+    Product,
+    abilities,
+    choose,
+    graph_sizes,
+    linear,
+    live_values,
+)
 
 HOPPER, AMPERE, NEITHER = Abilities(True, True), Abilities(True, False), Abilities(False, False)
 SHAPE = (2560, 2048)
@@ -40,6 +49,17 @@ def test_a_cpu_keeps_values_and_has_no_kernels() -> None:
     assert keeps_values(torch.device("cpu"))
     assert not keeps_values(torch.device("cuda"))
     assert abilities(torch.device("cpu")) == NEITHER
+
+
+@pytest.mark.parametrize("most", [1, 3, 8, 100, 256, 512, 4096])
+def test_every_batch_up_to_the_largest_graph_has_one_that_is_little_larger(most: int) -> None:
+    sizes = graph_sizes(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == min(most, GRAPH_TOKENS)
+    assert len(sizes) <= 25  # each takes time and memory when an engine starts
+    for batch in range(1, sizes[-1] + 1):
+        taken = next(size for size in sizes if size >= batch)
+        assert taken - batch <= max(7, batch // 4)
 
 
 def filled(recipe: Recipe, rows: int, columns: int, dtype: torch.dtype) -> LiveWeight:
