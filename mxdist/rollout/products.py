@@ -35,7 +35,7 @@ GRAPH_TOKENS = 512
 
 
 def graph_sizes(max_sequences: int) -> list[int]:
-    """Sequences that a step is recorded for; others take the next larger, which from 32 on is at most a quarter more."""
+    """Sequences that a step is recorded for; others take the next larger one: from 32 on a quarter more at most."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, GRAPH_TOKENS + 1, 64)]
     most = min(max_sequences, GRAPH_TOKENS)
     return [*(size for size in sizes if size < most), most]
