@@ -67,6 +67,10 @@ def optimizer_batches(batch: TrainBatch, count: int) -> list[TrainBatch]:
     return [batch.rows(index) for index in np.array_split(np.arange(len(batch)), count)]
 
 
+ROWS_OF_GPU_KERNELS = 16
+"""What a number of tokens must be a multiple of for all matrix products on a GPU to take it as it is, uncopied."""
+
+
 def micro_batches(batch: TrainBatch, rank: int, ranks: int, budget: int, multiple: int = 1) -> list[MicroBatch]:
     """What data-parallel rank ``rank`` of ``ranks`` computes of ``batch``. Every rank works the same shares out.
 

@@ -7,6 +7,7 @@ What they report adds up over all ranks: of those that compute the same sequence
 """
 
 import contextlib
+import math
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,14 @@ import torch
 from mxdist.config.schema import AlgorithmConfig, Config, Supervised
 from mxdist.errors import NotFinite
 from mxdist.learner.losses import get_objective
-from mxdist.learner.microbatches import MicroBatch, micro_batches, optimizer_batches, padding_saved, rejoin
+from mxdist.learner.microbatches import (
+    ROWS_OF_GPU_KERNELS,
+    MicroBatch,
+    micro_batches,
+    optimizer_batches,
+    padding_saved,
+    rejoin,
+)
 from mxdist.learner.trace import traced
 from mxdist.messages import EntropyStatistics, LearnerReport, Mean, TrainBatch, Transport, UpdateReport, WeightPayload
 from mxdist.model.linear_names import linear_names
@@ -132,9 +140,8 @@ class LearnerWorker:
     def _micro_batches(self, batch: TrainBatch) -> list[MicroBatch]:
         place, learner = self._place, self.config.learner
         # Sequence parallelism cuts the row of tokens between the tensor-parallel ranks.
-        return micro_batches(
-            batch, place.data_rank, place.data_ranks, learner.micro_batch_tokens, learner.tensor_parallel
-        )
+        multiple = math.lcm(learner.tensor_parallel, ROWS_OF_GPU_KERNELS if torch.cuda.is_available() else 1)
+        return micro_batches(batch, place.data_rank, place.data_ranks, learner.micro_batch_tokens, multiple)
 
     def _means(
         self,

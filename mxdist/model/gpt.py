@@ -50,6 +50,7 @@ def transformer_config(shape: ModelShape, learner: LearnerConfig) -> Transformer
         add_qkv_bias=model.family == "qwen2",
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=True,  # the activation of ``megatron_spec``, which need not be Transformer Engine's
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,

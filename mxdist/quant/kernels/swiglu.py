@@ -11,6 +11,9 @@ from torch import Tensor
 
 from mxdist.quant.kernels.device import INTERPRETED
 
+_COLS = 1024
+"""Of a program's piece, one row high."""
+
 
 @triton.jit
 def as_bfloat16(x):
@@ -38,7 +41,7 @@ def swiglu_gradients(gradient, gate, up):
 
 @triton.jit
 def _forward_kernel(h, out, half, COLS: tl.constexpr):
-    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, COLS)
+    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = c < half
     at = h + row * 2 * half + c
     gate, up = tl.load(at, mask=inside).to(tl.float32), tl.load(at + half, mask=inside).to(tl.float32)
@@ -47,7 +50,7 @@ def _forward_kernel(h, out, half, COLS: tl.constexpr):
 
 @triton.jit
 def _backward_kernel(gradient, h, out, half, COLS: tl.constexpr):
-    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, COLS)
+    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = c < half
     at = h + row * 2 * half + c
     gate, up = tl.load(at, mask=inside).to(tl.float32), tl.load(at + half, mask=inside).to(tl.float32)
@@ -65,7 +68,7 @@ def swiglu_backward(gradient: Tensor, h: Tensor) -> Tensor:
     out = torch.empty_like(h)
     rows, k = gradient.shape
     if rows:
-        _backward_kernel[(rows,)](gradient, h, out, k, COLS=triton.next_power_of_2(k))
+        _backward_kernel[(rows, triton.cdiv(k, _COLS))](gradient, h, out, k, COLS=_COLS)
     return out
 
 
@@ -77,7 +80,7 @@ class Swiglu(torch.autograd.Function):
         rows, k = h.shape[0], h.shape[1] // 2
         out = torch.empty(rows, k, dtype=h.dtype, device=h.device)
         if rows:
-            _forward_kernel[(rows,)](h, out, k, COLS=triton.next_power_of_2(k))
+            _forward_kernel[(rows, triton.cdiv(k, _COLS))](h, out, k, COLS=_COLS)
         ctx.save_for_backward(h)
         return out
 

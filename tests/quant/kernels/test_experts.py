@@ -104,10 +104,13 @@ def test_swiglu_is_quantised_as_bfloat16_would_hold_it() -> None:
     check(segments, produced, rows, columns, (PLAIN, PLAIN))
 
 
-def test_the_gradient_of_swiglu_is_that_of_autograd() -> None:
-    h, gradient = matrix(40, 2 * K, seed=1), matrix(40, K, seed=2)
+@pytest.mark.parametrize("width", [K, 1300])
+def test_swiglu_and_its_gradient_are_those_of_autograd(width: int) -> None:
+    h, gradient = matrix(7, 2 * width, seed=1), matrix(7, width, seed=2)
     leaf = h.double().requires_grad_()
-    (by_h,) = torch.autograd.grad(F.silu(leaf[:, :K]) * leaf[:, K:], leaf, gradient.double())
+    produced = F.silu(leaf[:, :width]) * leaf[:, width:]
+    (by_h,) = torch.autograd.grad(produced, leaf, gradient.double())
+    torch.testing.assert_close(Swiglu.apply(h).double(), produced.detach(), rtol=1.6e-2, atol=1e-6)
     torch.testing.assert_close(swiglu_backward(gradient, h).double(), by_h, rtol=1e-2, atol=1e-6)
 
 
