@@ -56,15 +56,22 @@ def combine(checksums: Iterable[int]) -> int:
 
 @dataclass(frozen=True)
 class Spans:
-    """Ranges of a flat buffer, each of which has a checksum of its own. In elements of the buffer."""
+    """Ranges of a flat buffer, each of which has a checksum of its own. In elements of the buffer.
+
+    A range may be a shard: element n of it has place `places` + n in its whole, or with `row` and `stride`, for shards
+    that are cut along the last axis, place `places` + (n // row) * stride + n % row.
+    """
 
     starts: np.ndarray  # int64 [spans]
     counts: np.ndarray  # int64 [spans]
+    places: np.ndarray | None = None  # int64 [spans]; None: 0, of whole tensors
+    row: int = 0
+    stride: int = 0
     tables: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)  # for the kernel, made once
 
 
 def checksums(buffer: Tensor, spans: Spans) -> Tensor:
-    """Return the checksum of each span as if it were a tensor of its own, int64 [spans] on the buffer's device.
+    """Return the checksum of each span, int64 [spans] on the buffer's device.
 
     buffer  flat and contiguous. uint8: unit 1. int32 or float32: unit 4. bfloat16: of the values in float32, unit 4.
 
@@ -75,11 +82,13 @@ def checksums(buffer: Tensor, spans: Spans) -> Tensor:
 
         return by_kernel(buffer, spans)
     found = torch.zeros(len(spans.starts), dtype=torch.int64, device=buffer.device)
-    for index, (start, count) in enumerate(zip(spans.starts.tolist(), spans.counts.tolist(), strict=True)):
-        piece = buffer[start : start + count]
-        if piece.dtype == torch.bfloat16:
-            piece = piece.float()
-        found[index] = _sum(piece if piece.dtype == torch.uint8 else piece.view(torch.int32), 0, 1, None)
+    places = [0] * len(spans.starts) if spans.places is None else spans.places.tolist()
+    stride = spans.stride if spans.row else None
+    for index, start in enumerate(spans.starts.tolist()):
+        piece = buffer[start : start + int(spans.counts[index])]
+        piece = piece.float() if piece.dtype == torch.bfloat16 else piece
+        integers = piece if piece.dtype == torch.uint8 else piece.view(torch.int32)
+        found[index] = _sum(integers, places[index], spans.row, stride)
     return found
 
 

@@ -254,7 +254,7 @@ def _make_plan(manifests: tuple[Manifest, ...], values: frozenset[str], slots: d
     if missing := sorted(slots.keys() - sent):
         raise ParityError(f"the learner did not send {missing[0]} ({len(missing)} such tensors)")
     plan = _Plan(manifests, values)
-    live: dict[tuple[int, str, str], list[tuple[int, int, int, int]]] = {}
+    live: dict[tuple[int, str, str], list[tuple[int, ...]]] = {}
     any_slot: dict[tuple[int, str, str], Slot] = {}
     for payload, manifest in enumerate(manifests):
         parts: list[list[_Part]] = [[] for _ in manifest.buckets]
@@ -266,7 +266,7 @@ def _make_plan(manifests: tuple[Manifest, ...], values: frozenset[str], slots: d
                 dtype = DTYPES[manifest.buckets[place.bucket].kind]
                 parts[place.bucket].append(_Part(slot, part, place.offset // dtype.itemsize, place.shape, dtype))
             for part in tensor.checked:
-                if slot.division.count > 1 or (part == VALUES and slot.kind == "mx" and slot.name not in values):
+                if part == VALUES and slot.kind == "mx" and slot.name not in values:
                     plan.one_by_one.append((slot, part, payload, position))
                 else:
                     key = (id(slot.owner), slot.attribute, part)
@@ -281,9 +281,7 @@ def _make_plan(manifests: tuple[Manifest, ...], values: frozenset[str], slots: d
                 for bucket, of_bucket in zip(manifest.buckets, parts, strict=True)
             ]
         )
-    for key, rows in live.items():
-        table = np.array(rows, dtype=np.int64)
-        plan.live.append(_LiveSums(any_slot[key], key[2], Spans(table[:, 0], table[:, 1]), table[:, 2], table[:, 3]))
+    plan.live.extend(_live_sums(any_slot[key], key[2], np.array(rows, dtype=np.int64)) for key, rows in live.items())
     return plan
 
 
@@ -344,12 +342,24 @@ def _merged(parts: Sequence[_Part]) -> list[_Copy]:
     return copies
 
 
-def _live_range(slot: Slot, part: str) -> tuple[int, int]:
-    """Start and number of the elements that are summed, of ``summable`` of the live matrix."""
+def _row_width(slot: Slot, part: str) -> int:
+    """Elements in a row of the live matrix, as ``summable`` makes them of it."""
     matrix = slot.matrix(part)
-    width = prod(matrix.shape[1:])
-    unit = unit_of(part) if matrix.dtype == torch.uint8 else 1
-    return slot.rows.start * width // unit, (slot.rows.stop - slot.rows.start) * width // unit
+    return prod(matrix.shape[1:]) // (unit_of(part) if matrix.dtype == torch.uint8 else 1)
+
+
+def _live_range(slot: Slot, part: str) -> tuple[int, int, int]:
+    """Of what is summed: start and number of elements in the live matrix, place of the first in the whole tensor."""
+    width, division = _row_width(slot, part), slot.division
+    count = (slot.rows.stop - slot.rows.start) * width
+    return slot.rows.start * width, count, division.index * (count if division.dimension == 0 else width)
+
+
+def _live_sums(slot: Slot, part: str, table: np.ndarray) -> _LiveSums:
+    """``table``: start, number, place, payload and position of each checksum of one live matrix."""
+    width = _row_width(slot, part) if slot.division.dimension and slot.division.count > 1 else 0
+    spans = Spans(table[:, 0], table[:, 1], table[:, 2], width, width * slot.division.count)
+    return _LiveSums(slot, part, spans, table[:, 3], table[:, 4])
 
 
 # What payloads bring ---------------------------------------------------------------------------------------------

@@ -104,3 +104,16 @@ def test_ranges_of_a_buffer_have_the_checksums_of_the_tensors_they_are() -> None
     pieces = [x[:40], x[40:940], x[999:]]
     for buffer, unit, whole in ((x, 4, pieces), (x.bfloat16(), 4, [piece.bfloat16().float() for piece in pieces])):
         assert [int(v) & (1 << 64) - 1 for v in checksums(buffer, spans)] == [checksum(p, unit=unit) for p in whole]
+
+
+def test_ranges_that_are_shards_add_to_the_checksum_of_the_whole() -> None:
+    whole = torch.randint(-(2**31), 2**31 - 1, (6, 20), generator=torch.Generator().manual_seed(0)).int()
+    top, bottom = Spans(np.array([0]), np.array([40])), Spans(np.array([40]), np.array([80]), np.array([40]))
+    by_row = [checksums(whole.flatten(), spans) for spans in (top, bottom)]
+    left, right = whole[:, :8].flatten(), whole[:, 8:].flatten()
+    by_column = [
+        checksums(left, Spans(np.array([0]), np.array([48]), np.array([0]), 8, 20)),
+        checksums(right, Spans(np.array([0]), np.array([72]), np.array([8]), 12, 20)),
+    ]
+    for parts in (by_row, by_column):
+        assert combine(int(part) for part in parts) == checksum(whole, unit=4)

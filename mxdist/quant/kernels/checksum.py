@@ -38,18 +38,25 @@ def _mix(key):
 
 
 @triton.jit
-def _kernel(buffer, pieces, sums, BITS: tl.constexpr, UP: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr):
-    """`pieces` int64 [programs, 4]: first element in the buffer, number of elements, place of the first, span."""
-    piece = pieces + tl.program_id(0) * 4
-    first, count = tl.load(piece), tl.load(piece + 1)
-    place, span = tl.load(piece + 2), tl.load(piece + 3)
+def _kernel(
+    buffer, pieces, sums, row, stride,
+    BITS: tl.constexpr, UP: tl.constexpr, ROWS: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`pieces` int64 [programs, 5]: first element in the buffer, number of elements, number of the first in its span,
+    place of the span's first, span."""
+    piece = pieces + tl.program_id(0) * 5
+    first, count, before = tl.load(piece), tl.load(piece + 1), tl.load(piece + 2)
+    place, span = tl.load(piece + 3), tl.load(piece + 4)
     total = tl.zeros([BLOCK], tl.int64)
     for start in range(0, PIECE, BLOCK):
         n = start + tl.arange(0, BLOCK)
         inside = n < count
         value = tl.load(buffer + first + n, mask=inside, other=0).to(tl.int64)
         value = (value << UP) & ((1 << BITS) - 1)
-        key = ((place + n) << BITS) + value
+        number = before + n
+        if ROWS:
+            number = (number // row) * stride + number % row
+        key = ((place + number) << BITS) + value
         mixed = _mix(key.to(tl.uint64, bitcast=True)).to(tl.int64, bitcast=True)
         total += tl.where(inside, mixed, 0)
     tl.atomic_add(sums + span, tl.sum(total, 0))
@@ -64,7 +71,10 @@ def checksums(buffer: Tensor, spans: Spans) -> Tensor:
         table = spans.tables[buffer.device] = torch.from_numpy(pieces(spans)).to(buffer.device)
     if len(table):
         with torch.cuda.device_of(buffer):
-            _kernel[(len(table),)](buffer.view(integers), table, sums, bits, up, PIECE, BLOCK, num_warps=WARPS)
+            _kernel[(len(table),)](
+                buffer.view(integers), table, sums, spans.row, spans.stride,
+                BITS=bits, UP=up, ROWS=spans.row > 0, PIECE=PIECE, BLOCK=BLOCK, num_warps=WARPS,
+            )  # fmt: skip
     return sums
 
 
@@ -72,6 +82,7 @@ def pieces(spans: Spans) -> np.ndarray:
     """The kernel's table."""
     cuts = -(-spans.counts // PIECE)
     span = np.repeat(np.arange(len(cuts)), cuts)
-    place = (np.arange(len(span)) - np.repeat(np.cumsum(cuts) - cuts, cuts)) * PIECE
-    count = np.minimum(spans.counts[span] - place, PIECE)
-    return np.stack([spans.starts[span] + place, count, place, span], axis=1)
+    before = (np.arange(len(span)) - np.repeat(np.cumsum(cuts) - cuts, cuts)) * PIECE
+    count = np.minimum(spans.counts[span] - before, PIECE)
+    place = np.zeros_like(before) if spans.places is None else spans.places[span]
+    return np.stack([spans.starts[span] + before, count, before, place, span], axis=1)

@@ -116,7 +116,7 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     yield "listed tiles, stochastic", quant_residual._kernel, one | {"RANDOM": True}, warps
     yield "tiles by row, searched", quant_residual._kernel, one | searched | {"LISTED": False}, warps
     yield from packed_cases()
-    sums = {"BITS": 32, "UP": 16, "PIECE": checksum.PIECE, "BLOCK": checksum.BLOCK}
+    sums = {"BITS": 32, "UP": 16, "ROWS": True, "PIECE": checksum.PIECE, "BLOCK": checksum.BLOCK}
     yield "checksums of bfloat16", checksum._kernel, sums, checksum.WARPS
 
 

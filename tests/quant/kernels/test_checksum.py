@@ -21,3 +21,10 @@ def test_checksums_of_many_ranges_are_those_of_each(dtype: torch.dtype) -> None:
     starts, counts = [0, 16, 1, count - 7, 5, 0], [16, count - 16, count // 2, 7, 0, count]
     spans = Spans(np.array(starts), np.array(counts))
     assert torch.equal(kernel.checksums(buffer.to(DEVICE), spans).cpu(), checksums(buffer, spans))
+
+
+@pytest.mark.parametrize(("row", "stride"), [(0, 0), (24, 48)])
+def test_shards_have_the_checksums_of_their_places(row: int, stride: int) -> None:
+    buffer = torch.arange(kernel.PIECE + 48, dtype=torch.int32) * 77777
+    spans = Spans(np.array([24, 0]), np.array([kernel.PIECE + 24, 48]), np.array([7, 1 << 33]), row, stride)
+    assert torch.equal(kernel.checksums(buffer.to(DEVICE), spans).cpu(), checksums(buffer, spans))
