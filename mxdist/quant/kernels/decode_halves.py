@@ -92,6 +92,20 @@ def _block_scales(code, byte, METHOD: tl.constexpr, SHARES: tl.constexpr, WIDTH:
 
 
 @triton.jit
+def _codes(pointers, there, EVEN: tl.constexpr):
+    """E8M0 codes, 0 where there are none."""
+    if EVEN:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=there, other=0)
+
+
+@triton.jit
+def _macro_bytes(macro_row, block, blocks, MACRO: tl.constexpr):
+    """Macro bytes of blocks [BLOCKS] of rows [WIDTH, 1]."""
+    return tl.load(macro_row + (block * 32 // MACRO)[None, :], mask=(block < blocks)[None, :], other=0)
+
+
+@triton.jit
 def _prefetch(codes, row, rows, width, first, WIDTH: tl.constexpr, BYTES: tl.constexpr, THREADS: tl.constexpr):
     """Ask for BYTES bytes from `first` of the rows from `row` to be brought into the L2 cache, a piece a thread."""
     PIECES: tl.constexpr = THREADS // WIDTH
@@ -111,11 +125,11 @@ def _prefetch(codes, row, rows, width, first, WIDTH: tl.constexpr, BYTES: tl.con
 @triton.jit(do_not_specialize=["rows"])
 def _product(
     x, x_stride, units, table, codes, scales, macro, residual_codes, residual_scales, alpha, bias, out, partial,
-    finished, code_bytes, residual_bytes, rows, outputs, code_width, scale_width, macro_width,
+    finished, code_bytes, residual_bytes, rows, outputs, code_width, scale_units, macro_width,
     LENGTH: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, SHARES: tl.constexpr,
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr, METHOD: tl.constexpr, MACRO: tl.constexpr, FALLBACK: tl.constexpr, AHEAD: tl.constexpr,
-    THREADS: tl.constexpr,
+    THREADS: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = DEPTH // 32
     SHARE: tl.constexpr = WIDTH // SHARES
@@ -140,30 +154,21 @@ def _product(
         :, None
     ]  # beyond the end, any will do
     inside, left = (r < stop)[:, None], x + r.to(tl.int64)[:, None] * x_stride
-    c, b = tl.arange(0, DEPTH), part * (LENGTH // 32) + tl.arange(0, BLOCKS)
-    here = scales + weight_row * scale_width + b[None, :]
-    factor = here
+    c, b = tl.arange(0, DEPTH), tl.arange(0, BLOCKS)
+    first_block, scale_width = part * (LENGTH // 32), scale_units * UNIT
+    row_scales = weight_row * scale_width + first_block + b[None, :]
+    macro_row = macro + weight_row * macro_width if METHOD != 0 else codes
+    byte = tl.zeros((WIDTH, BLOCKS), tl.uint8)
     if METHOD != 0:
-        factor = macro + weight_row * macro_width
-    second = here
-    if FALLBACK:
-        second = residual_scales + weight_row * scale_width + b[None, :]
-    there = (b < scale_width)[None, :]
-    # Scales are read a step ahead: they do not go through the pipeline of the product's operands.
-    code = tl.load(here, mask=there, other=0)
-    byte = tl.load(factor + (b * 32 // MACRO)[None, :], mask=there, other=0) if METHOD != 0 else code
-    code_2 = tl.load(second, mask=there, other=0) if FALLBACK else code
+        byte = _macro_bytes(macro_row, first_block + b, scale_width, MACRO)
     total = tl.zeros((ALONG * SHARES, SHARE, BM), tl.float32)
-    for step in range(0, LENGTH, DEPTH):
+    for step in tl.range(0, LENGTH, DEPTH, num_stages=STAGES):  # said of the loop, it holds for scales too
         first = part * LENGTH + step
-        ahead = (step // 32 + BLOCKS) + b
-        if EVEN:
-            there = (step + DEPTH < LENGTH) & (b >= 0)[None, :]
-        else:
-            there = (ahead < scale_width)[None, :] & (step + DEPTH < LENGTH)
-        next_code = tl.load(here + step // 32 + BLOCKS, mask=there, other=0)
-        next_byte = tl.load(factor + (ahead * 32 // MACRO)[None, :], mask=there, other=0) if METHOD != 0 else next_code
-        next_code_2 = tl.load(second + step // 32 + BLOCKS, mask=there, other=0) if FALLBACK else next_code
+        there = (first_block + step // 32 + b < scale_width)[None, :]
+        code = _codes(scales + row_scales + step // 32, there, EVEN)
+        next_byte = byte
+        if METHOD != 0:  # a step ahead: too few bytes for the pipeline
+            next_byte = _macro_bytes(macro_row, first_block + step // 32 + BLOCKS + b, scale_width, MACRO)
         held = tl.load(left + first + c[None, :], mask=inside, other=0.0)
         right = tl.permute(tl.reshape(held, [BM, BLOCKS, 32]), [1, 2, 0])
         right = tl.broadcast_to(right[:, None, :, :], [BLOCKS, SHARES, 32, BM])
@@ -171,10 +176,11 @@ def _product(
         w = _elements(codes.load([expert * outputs + first_output, first // 2]), SHARES, SHARE, BLOCKS)
         sums = tl.dot(w, right) * _block_scales(code, byte, METHOD, SHARES, SHARE, BLOCKS)
         if FALLBACK:
+            code_2 = _codes(residual_scales + row_scales + step // 32, there, EVEN)
             w = _elements(residual_codes.load([expert * outputs + first_output, first // 2]), SHARES, SHARE, BLOCKS)
             sums += tl.dot(w, right) * (_block_scales(code_2, byte, METHOD, SHARES, SHARE, BLOCKS) * alpha)
         total += tl.sum(tl.reshape(sums, [BLOCKS // ALONG, ALONG * SHARES, SHARE, BM]), 0)
-        code, byte, code_2 = next_code, next_byte, next_code_2
+        byte = next_byte
     y = tl.reshape(tl.sum(tl.reshape(total, [ALONG, SHARES, SHARE, BM]), 0), [WIDTH, BM])
     to = r.to(tl.int64)[None, :] * outputs + column[:, None]
     inside = (r < stop)[None, :] & (column < outputs)[:, None]
@@ -245,6 +251,7 @@ def multiply_halves(
     """
     rows, device, blocks = len(x), x.device, source.widths[1]
     length, split = cut(shape, blocks)
+    unit = min(16, blocks & -blocks)  # what the width of a row of scales is known to be a multiple of
     ahead = 0 if INTERPRETED.value else shape.ahead
     threads, row_bytes = 32 * shape.warps, length // 2
     if ahead == 2 and (table is not None or source.widths[0] < row_bytes or row_bytes * shape.width % (16 * threads)):
@@ -260,10 +267,10 @@ def multiply_halves(
     _product[(columns, tiles, split)](
         values, values.stride(0), units, table, _described(codes, box), scales, macro, _described(residual_codes, box),
         residual_scales, source.alpha, bias, out, partial, _finished(device) if split > 1 else None, codes,
-        residual_codes, rows, outputs, *source.widths,
+        residual_codes, rows, outputs, source.widths[0], blocks // unit, source.widths[2],
         LENGTH=length, SPLIT=split, BM=height, WIDTH=shape.width, SHARES=shape.shares, DEPTH=shape.depth,
-        EVEN=blocks * BLOCK == length * split, AHEAD=ahead, THREADS=threads, **constants,
-        num_warps=shape.warps, num_stages=shape.stages, launch_pdl=ahead > 0,
+        EVEN=blocks * BLOCK == length * split, AHEAD=ahead, THREADS=threads, UNIT=unit, STAGES=shape.stages,
+        **constants, num_warps=shape.warps, num_stages=shape.stages, launch_pdl=ahead > 0,
     )  # fmt: skip
     return out.to(x.dtype)
 

@@ -137,36 +137,23 @@ def halves_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     """Products of 16-bit rows: of 8 and 32 rows, split and not, of experts, with all that weights may have."""
     absent = ("table", "macro", "residual_codes", "residual_scales", "bias", "partial", "finished")
     absent += ("residual_bytes",)
-    plain = dict.fromkeys(absent) | {
-        "AHEAD": 2,
-        "THREADS": 256,
-        "METHOD": 0,
-        "MACRO": 128,
-        "FALLBACK": False,
-        "SPLIT": 1,
-        "EVEN": True,
-        "BM": 8,
-    }
+    plain = dict.fromkeys(absent) | {"METHOD": 0, "MACRO": 128, "FALLBACK": False, "SPLIT": 1, "EVEN": True, "BM": 8}
     every = plain | {"METHOD": terms.SEARCHED.value, "FALLBACK": True, "SPLIT": 3, "EVEN": False, "BM": 32}
     every = {key: value for key, value in every.items() if key not in absent}
     for name, constants in (("plain", plain), ("all", every)):
         shape = _halves_shape(constants)
-        cut = {
-            "WIDTH": shape.width,
-            "DEPTH": shape.depth,
-            "LENGTH": 1024,
-            "THREADS": 32 * shape.warps,
-            "SHARES": shape.shares,
-        }
+        cut = {"WIDTH": shape.width, "SHARES": shape.shares, "DEPTH": shape.depth, "STAGES": shape.stages}
+        cut |= {"LENGTH": 1024, "THREADS": 32 * shape.warps, "UNIT": 8, "AHEAD": 2}
         yield f"halves, {name}", decode_halves._product, constants | cut, shape.warps
-    options = {
-        "CARRY": CEIL,
-        "SATURATE": False,
-        "BITS": 8,
-        "WIDTH": quant_halves._WIDTHS[1],
+    options = {"CARRY": CEIL, "SATURATE": False, "BITS": 8, "WIDTH": quant_halves._WIDTHS[1]}
+    options |= {
         "READ": quant_halves._READ,
+        "READS": 6,
+        "QUANTISE": True,
+        "EARLY": True,
+        "METHOD": terms.STATIC.value,
+        "FALLBACK": True,
     }
-    options |= {"READS": 6, "QUANTISE": True, "EARLY": True, "METHOD": terms.STATIC.value, "FALLBACK": True}
     yield "rows to halves", quant_halves._to_halves, options, quant_halves._WARPS[1]
 
 
