@@ -133,14 +133,15 @@ class Engine:
     def sleep(self) -> None:
         """Where rollout.sleep says so, free the KV cache and move the weights to the host's memory."""
         if self._sleeps and not self._asleep:
-            self._llm.sleep(level=1)
+            self.forget_prefixes()
+            self._llm.collective_rpc("rank_sleep")
             self._asleep = {"weights", "kv_cache"}
 
     def wake(self, *tags: str) -> None:
         """Bring back "weights", as they were, or "kv_cache", empty; at the same addresses, so that graphs hold."""
         asleep = self._asleep & set(tags)
         if asleep:
-            self._llm.wake_up(sorted(asleep))
+            self._llm.collective_rpc("rank_wake", args=(sorted(asleep),))
             self._asleep -= asleep
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ POOLS = {
     "load_model": ("the engine's weights", "give the engine a GPU of its own, or use a smaller model"),
     "profile_run": ("the activations of the longest step", "lower rollout.max_sequences or rollout.max_context"),
     "_dummy_sampler_run": ("logits", "lower rollout.max_sequences"),
-    "wake_up": ("the sleeping engine's weights and KV cache", "lower rollout.kv_cache_mib"),
+    "rank_wake": ("the sleeping engine's weights and KV cache", "lower rollout.kv_cache_mib"),
     "load_weights": ("weights on their way into the engine", "lower rollout.kv_cache_mib"),
     "generate": ("activations and logits", "lower rollout.kv_cache_mib or rollout.max_sequences"),
 }

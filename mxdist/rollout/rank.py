@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from vllm.model_executor.layers.layernorm import RMSNorm
 
@@ -93,6 +94,24 @@ class RankExtension:
 
     def rank_open(self: Any, vocab_size: int, recipes: ModelRecipes) -> None:
         self._mxdist_rank = Rank(self.get_model(), vocab_size, recipes)
+
+    # Not vLLM's own sleep and wake_up: those fail when another process of the GPU takes memory meanwhile.
+
+    def rank_sleep(self: Any) -> None:
+        """Free the memory of the KV cache, and that of the weights after a copy to the host's."""
+        from vllm.device_allocator import get_mem_allocator_instance
+
+        torch.cuda.synchronize()
+        get_mem_allocator_instance().sleep(("weights",))
+
+    def rank_wake(self: Any, tags: list[str]) -> None:
+        """Bring back "weights", or "kv_cache" with zeros: what is beyond a sequence's end must be finite."""
+        from vllm.device_allocator import get_mem_allocator_instance
+
+        get_mem_allocator_instance().wake_up(tags)
+        if "kv_cache" in tags:
+            for cache in self.model_runner.kv_caches:
+                cache.zero_()
 
     def rank_call(self: Any, method: str, *arguments: Any) -> Any:
         try:

@@ -4,6 +4,7 @@ python -m pytest -q tests/gpu/test_engine.py
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,31 @@ CLEAN = Noise(0.0, 0)
 SLEEPS = {"sleep": True, "gpus_per_worker": 0.5}
 
 
-@pytest.fixture(scope="module", params=["dense-mxfp4_mbs", "dense-bf16", "moe-mxfp4", "moe-bf16"])
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+KINDS = ("dense-mxfp4_mbs", "dense-bf16", "moe-mxfp4", "moe-bf16")
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, EngineProcess]]:
+    """Started at the same time: most of a start is imports."""
     if lacking is not None:
         pytest.skip(f"needs a Hopper GPU: {lacking}")
-    family, recipe = request.param.split("-")
-    process = started(family, recipe, tmp_path_factory.mktemp("engine"), **(SLEEPS if recipe == "mxfp4" else {}))
-    yield process
-    process.close()
+
+    directories = [tmp_path_factory.mktemp(kind) for kind in KINDS]
+
+    def start(kind: str, directory: Path) -> EngineProcess:
+        family, recipe = kind.split("-")
+        return started(family, recipe, directory, **(SLEEPS if recipe == "mxfp4" else {}))
+
+    with ThreadPoolExecutor(len(KINDS)) as pool:
+        found = dict(zip(KINDS, pool.map(start, KINDS, directories), strict=True))
+    yield found
+    for process in found.values():
+        process.close()
+
+
+@pytest.fixture(params=KINDS)
+def engine(request: pytest.FixtureRequest, engines: dict[str, EngineProcess]) -> EngineProcess:
+    return engines[request.param]
 
 
 def started(family: str, recipe: str, directory: Path, **rollout: Any) -> EngineProcess:

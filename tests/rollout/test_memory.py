@@ -61,7 +61,7 @@ def test_memory_that_vllm_asks_cuda_itself_for_counts_as_well() -> None:
         raise RuntimeError(MAPPING)
 
 
-@pytest.mark.parametrize("function", [name for name in POOLS if name not in ("load_weights", "generate", "wake_up")])
+@pytest.mark.parametrize("function", [name for name in POOLS if name not in ("load_weights", "generate", "rank_wake")])
 def test_the_engine_goes_through_each_function_that_names_a_pool(function: str) -> None:
     """Else a new vLLM, that calls it otherwise, would leave the pool unnamed."""
     found = find_spec("vllm")
