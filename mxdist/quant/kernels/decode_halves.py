@@ -232,11 +232,14 @@ def shape_of(height: int, outputs: int, k: int, tiles: int, multiprocessors: int
 
     residual  weights have a second term
     """
+    few = triton.cdiv(outputs, 64) * tiles < multiprocessors // 2
+    if height <= 16 and few and k <= 4096:  # narrow programs come before splitting, whose end takes microseconds
+        return Shape(16, 512, 4, 1, stages=4, split=1)
     # With more rows there are more sums for the same registers.
-    narrow = height > 32 or (height > 16 and residual)
+    narrow = height > 32 or (height > 16 and (residual or few))
     width, depth, shares = (32, 128, 2) if narrow else (64, 128, 4) if height > 16 else (64, 256, 4)
     programs = triton.cdiv(outputs, width) * tiles
-    split = max(1, min(2 * multiprocessors // programs, triton.cdiv(k, 512)))  # programs are few where it is above 1
+    split = max(1, min(2 * multiprocessors // programs, triton.cdiv(k, 512)))
     return Shape(width, depth, 4, shares, stages=4, split=split)
 
 

@@ -158,7 +158,7 @@ def halves_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
 
 
 def _halves_shape(constants: Any) -> decode_halves.Shape:
-    return decode_halves.shape_of(constants["BM"], 2560, 2048, 1, 132, constants["FALLBACK"])
+    return decode_halves.shape_of(constants["BM"], 22016, 2048, 1, 132, constants["FALLBACK"])
 
 
 def blackwell_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
