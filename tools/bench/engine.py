@@ -4,7 +4,9 @@ The engine of a run, vLLM and its sampling included, with random weights: answer
 batches of several sizes. Each recipe has a process of its own. Needs a GPU, but for --model tiny.
 
     forward_ms   one decoding step of the model alone: a CUDA graph replayed
+    kernels      those that take longest in it: name, how many, and microseconds of all of them
     step_ms      one step of the engine: scheduling, the model, sampling, log-probabilities
+    prompts_ms   the step before them, which reads the prompts kernel by kernel and draws the first tokens
 """
 
 from __future__ import annotations
@@ -153,33 +155,36 @@ def fill(worker: RolloutWorker) -> None:
     worker._version = 0
 
 
-def decode(worker: RolloutWorker, batch: int, vocabulary: int) -> dict[str, float]:
-    """The fastest of some calls, after one that is not counted. Prompts are a step as well."""
+def decode(worker: RolloutWorker, batch: int, vocabulary: int) -> dict[str, Any]:
+    """The fastest of some calls, after one that is not counted."""
     generator = torch.Generator().manual_seed(batch)
     prompts = tuple(
         Prompt(str(i), tuple(torch.randint(vocabulary, (PROMPT,), generator=generator).tolist()), "")
         for i in range(batch)
     )
-    request = RolloutRequest(0, prompts, SamplingSettings(1, 1.0, ANSWER, 0), Noise(0.0, 0))
+    whole, prompts_alone = (_seconds(worker, prompts, length) for length in (ANSWER, 1))
+    step = (whole - prompts_alone) / (ANSWER - 1)
+    found = {"tokens_per_s": batch / step, "step_ms": step * 1e3, "prompts_ms": prompts_alone * 1e3}
+    return found | _graph(worker, batch)
+
+
+def _seconds(worker: RolloutWorker, prompts: tuple[Prompt, ...], length: int) -> float:
+    request = RolloutRequest(0, prompts, SamplingSettings(1, 1.0, length, 0), Noise(0.0, 0))
     results = [worker.generate(request) for _ in range(REPEATS + 1)][1:]
     lengths = {len(group.samples[0].tokens) for result in results for group in result.groups}
-    if lengths != {ANSWER}:
-        raise RuntimeError(f"answers have {sorted(lengths)} tokens, not {ANSWER}")
-    seconds = min(result.seconds for result in results)
-    found = {"tokens_per_s": batch * ANSWER / seconds, "step_ms": seconds / ANSWER * 1e3}
-    if (replay := _graph(worker, batch)) is not None:
-        found["forward_ms"] = replay
-    return found
+    if lengths != {length}:
+        raise RuntimeError(f"answers have {sorted(lengths)} tokens, not {length}")
+    return min(result.seconds for result in results)
 
 
-def _graph(worker: RolloutWorker, batch: int) -> float | None:
-    """Milliseconds of a decoding step of the model alone; None without graphs. The engine's answers are worthless after
-    it: keys and values are written wherever the last step's were."""
+def _graph(worker: RolloutWorker, batch: int) -> dict[str, Any]:
+    """Times of a decoding step of the model alone; empty without graphs. The engine's answers are worthless after it:
+    keys and values are written wherever the last step's were."""
     [model] = worker._engine._llm.collective_rpc(lambda process: process.model_runner.model)
     entries = getattr(model, "concrete_cudagraph_entries", {})
     graph = next((entry.cudagraph for key, entry in entries.items() if key.num_tokens == batch), None)
     if graph is None:
-        return None
+        return {}
     started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     graph.replay()
     started.record()
@@ -187,7 +192,14 @@ def _graph(worker: RolloutWorker, batch: int) -> float | None:
         graph.replay()
     ended.record()
     torch.cuda.synchronize()
-    return float(started.elapsed_time(ended)) / 50
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        graph.replay()
+        torch.cuda.synchronize()
+    kernels = sorted(profile.key_averages(), key=lambda kernel: -kernel.device_time_total)
+    return {
+        "forward_ms": float(started.elapsed_time(ended)) / 50,
+        "kernels": [[kernel.key[:90], kernel.count, round(kernel.device_time_total, 1)] for kernel in kernels[:20]],
+    }
 
 
 if __name__ == "__main__":
