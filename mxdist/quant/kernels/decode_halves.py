@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mxdist.quant.kernels.device import INTERPRETED, power_of_two
 from mxdist.quant.kernels.packed import Source
@@ -55,7 +54,7 @@ def _half(nibble):
 
 @triton.jit
 def _elements(byte, SHARES: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
-    """2^-14 of the values of bytes [SHARES WIDTH, 16 BLOCKS]: float16 [BLOCKS SHARES, WIDTH, 32].
+    """2^-14 of the values of bytes [BLOCKS / 2, SHARES WIDTH, 32]: float16 [BLOCKS SHARES, WIDTH, 32].
 
     Every eight are 0, 2, 4, 6, 1, 3, 5, 7.
 
@@ -67,8 +66,8 @@ def _elements(byte, SHARES: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.conste
         low, high = tl.inline_asm_elementwise(
             _UNPACK, "=r,=r,=r,=r,r", [byte], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
-    words = tl.reshape(tl.join(low, high), [SHARES, WIDTH, BLOCKS, 4, 4, 2])
-    return tl.reshape(tl.permute(words, [2, 0, 1, 3, 5, 4]), [BLOCKS * SHARES, WIDTH, 32])
+    words = tl.reshape(tl.join(low, high), [BLOCKS // 2, SHARES, WIDTH, 2, 4, 4, 2])
+    return tl.reshape(tl.permute(words, [0, 3, 1, 2, 4, 6, 5]), [BLOCKS * SHARES, WIDTH, 32])
 
 
 @triton.jit
@@ -89,6 +88,20 @@ def _block_scales(code, byte, METHOD: tl.constexpr, SHARES: tl.constexpr, WIDTH:
         scale = scale * _reciprocal(1.0 + byte.to(tl.float32) * 0.00390625)
     scale = tl.permute(tl.reshape(scale, [SHARES, WIDTH, BLOCKS]), [2, 0, 1])
     return tl.reshape(scale, [BLOCKS * SHARES, WIDTH])[:, :, None]
+
+
+@triton.jit
+def _bytes(codes, row, first, code_width, BLOCKS: tl.constexpr, EVEN: tl.constexpr):
+    """The codes of BLOCKS blocks of rows [WIDTH]: uint8 [BLOCKS / 2, WIDTH, 32].
+
+    In this shape they are read in whole sectors, and lie in shared memory so that no two of a warp's reads collide:
+    Triton arranges them so for two blocks side by side, not for a longer piece of a row.
+    """
+    n = first // 2 + 32 * tl.arange(0, BLOCKS // 2)[:, None, None] + tl.arange(0, 32)[None, None, :]
+    pointers = codes + row[None, :, None] * code_width + n
+    if EVEN:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=n < code_width, other=0)
 
 
 @triton.jit
@@ -125,7 +138,7 @@ def _prefetch(codes, row, rows, width, first, WIDTH: tl.constexpr, BYTES: tl.con
 @triton.jit(do_not_specialize=["rows"])
 def _product(
     x, x_stride, units, table, codes, scales, macro, residual_codes, residual_scales, alpha, bias, out, partial,
-    finished, code_bytes, residual_bytes, rows, outputs, code_width, scale_units, macro_width,
+    finished, rows, outputs, code_width, scale_units, macro_width,
     LENGTH: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, SHARES: tl.constexpr,
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr, METHOD: tl.constexpr, MACRO: tl.constexpr, FALLBACK: tl.constexpr, AHEAD: tl.constexpr,
@@ -138,9 +151,9 @@ def _product(
     if AHEAD > 0:
         if AHEAD == 2:
             at, from_byte = tl.program_id(0) * WIDTH, part * (LENGTH // 2)
-            _prefetch(code_bytes, at, outputs, code_width, from_byte, WIDTH, LENGTH // 2, THREADS)
+            _prefetch(codes, at, outputs, code_width, from_byte, WIDTH, LENGTH // 2, THREADS)
             if FALLBACK:
-                _prefetch(residual_bytes, at, outputs, code_width, from_byte, WIDTH, LENGTH // 2, THREADS)
+                _prefetch(residual_codes, at, outputs, code_width, from_byte, WIDTH, LENGTH // 2, THREADS)
         gdc_wait()  # all that is read or written from here on may be of the kernel ahead
         gdc_launch_dependents()  # not sooner: kernels that wait would pile up and take the room of this one
     expert, start, stop = 0, tile * BM, rows
@@ -150,14 +163,12 @@ def _product(
             return
     first_output = tl.program_id(0) * WIDTH
     column, r = first_output + tl.arange(0, WIDTH), start + tl.arange(0, BM)
-    weight_row = (expert * outputs + tl.minimum(column, outputs - 1)).to(tl.int64)[
-        :, None
-    ]  # beyond the end, any will do
+    weight_row = (expert * outputs + tl.minimum(column, outputs - 1)).to(tl.int64)  # beyond the end, any will do
     inside, left = (r < stop)[:, None], x + r.to(tl.int64)[:, None] * x_stride
     c, b = tl.arange(0, DEPTH), tl.arange(0, BLOCKS)
     first_block, scale_width = part * (LENGTH // 32), scale_units * UNIT
-    row_scales = weight_row * scale_width + first_block + b[None, :]
-    macro_row = macro + weight_row * macro_width if METHOD != 0 else codes
+    row_scales = weight_row[:, None] * scale_width + first_block + b[None, :]
+    macro_row = macro + weight_row[:, None] * macro_width if METHOD != 0 else codes
     byte = tl.zeros((WIDTH, BLOCKS), tl.uint8)
     if METHOD != 0:
         byte = _macro_bytes(macro_row, first_block + b, scale_width, MACRO)
@@ -173,11 +184,12 @@ def _product(
         right = tl.permute(tl.reshape(held, [BM, BLOCKS, 32]), [1, 2, 0])
         right = tl.broadcast_to(right[:, None, :, :], [BLOCKS, SHARES, 32, BM])
         right = tl.reshape(right, [BLOCKS * SHARES, 32, BM])
-        w = _elements(codes.load([expert * outputs + first_output, first // 2]), SHARES, SHARE, BLOCKS)
+        w = _elements(_bytes(codes, weight_row, first, code_width, BLOCKS, EVEN), SHARES, SHARE, BLOCKS)
         sums = tl.dot(w, right) * _block_scales(code, byte, METHOD, SHARES, SHARE, BLOCKS)
         if FALLBACK:
             code_2 = _codes(residual_scales + row_scales + step // 32, there, EVEN)
-            w = _elements(residual_codes.load([expert * outputs + first_output, first // 2]), SHARES, SHARE, BLOCKS)
+            byte_2 = _bytes(residual_codes, weight_row, first, code_width, BLOCKS, EVEN)
+            w = _elements(byte_2, SHARES, SHARE, BLOCKS)
             sums += tl.dot(w, right) * (_block_scales(code_2, byte, METHOD, SHARES, SHARE, BLOCKS) * alpha)
         total += tl.sum(tl.reshape(sums, [BLOCKS // ALONG, ALONG * SHARES, SHARE, BM]), 0)
         byte = next_byte
@@ -264,13 +276,10 @@ def multiply_halves(
     # The interpreter casts to bfloat16 by cutting bits off.
     out = torch.empty(rows, outputs, dtype=torch.float32 if INTERPRETED.value else x.dtype, device=device)
     partial = torch.empty(split, rows, outputs, dtype=torch.float32, device=device) if split > 1 else None
-    codes, scales, macro, residual_codes, residual_scales = source.pointers
-    box = [shape.width, shape.depth // 2]
     constants = {key: value for key, value in source.constants.items() if key != "BLOCK"}
     _product[(columns, tiles, split)](
-        values, values.stride(0), units, table, _described(codes, box), scales, macro, _described(residual_codes, box),
-        residual_scales, source.alpha, bias, out, partial, _finished(device) if split > 1 else None, codes,
-        residual_codes, rows, outputs, source.widths[0], blocks // unit, source.widths[2],
+        values, values.stride(0), units, table, *source.pointers, source.alpha, bias, out, partial,
+        _finished(device) if split > 1 else None, rows, outputs, source.widths[0], blocks // unit, source.widths[2],
         LENGTH=length, SPLIT=split, BM=height, WIDTH=shape.width, SHARES=shape.shares, DEPTH=shape.depth,
         EVEN=blocks * BLOCK == length * split, AHEAD=ahead, THREADS=threads, UNIT=unit, STAGES=shape.stages,
         **constants, num_warps=shape.warps, num_stages=shape.stages, launch_pdl=ahead > 0,
@@ -283,10 +292,6 @@ def cut(shape: Shape, blocks: int) -> tuple[int, int]:
     steps = triton.cdiv(blocks * BLOCK, shape.depth)
     length = triton.cdiv(steps, shape.split)
     return length * shape.depth, triton.cdiv(steps, length)
-
-
-def _described(codes: Tensor | None, box: list[int]) -> TensorDescriptor | None:
-    return None if codes is None else TensorDescriptor.from_tensor(codes, box)
 
 
 _TILES = 1 << 14

@@ -48,7 +48,6 @@ POINTERS = {
     "scale": "*fp32", "scale_t": "*fp32", "x": "*bf16", "map": "*i32", "table": "*i32",
     "counts": "*i64", "units": "*fp32", "bias": "*bf16",
     "partial": "*fp32", "finished": "*i32",
-    "code_bytes": "*u8", "residual_bytes": "*u8",
     "listed": "*i32", "slots": "*i32", "values": "*bf16", "codes": "*u8", "scales": "*u8", "macro": "*u8",
     "residual_codes": "*u8", "residual_scales": "*u8", "a": "*u8", "b": "*u8", "a_factor": "*fp32", "b_factor": "*fp32",
     "c": "*bf16", "weight": "*bf16", "inverse": "*fp32", "out": "*fp32",
@@ -136,7 +135,6 @@ def packed_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
 def halves_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     """Products of 16-bit rows: of 8 and 32 rows, split and not, of experts, with all that weights may have."""
     absent = ("table", "macro", "residual_codes", "residual_scales", "bias", "partial", "finished")
-    absent += ("residual_bytes",)
     plain = dict.fromkeys(absent) | {"METHOD": 0, "MACRO": 128, "FALLBACK": False, "SPLIT": 1, "EVEN": True, "BM": 8}
     every = plain | {"METHOD": terms.SEARCHED.value, "FALLBACK": True, "SPLIT": 3, "EVEN": False, "BM": 32}
     every = {key: value for key, value in every.items() if key not in absent}
@@ -174,9 +172,6 @@ def compile_kernel(kernel: Any, constants: dict[str, object], warps: int, arch: 
     signature = {name: (POINTERS | NUMBERS).get(name, "i32") for name in names}
     if kernel in (decode_halves._product, quant_halves._to_halves):
         signature["x" if kernel is decode_halves._product else "values"] = "*fp16"
-    if kernel is decode_halves._product:
-        box = f"tensordesc<u8[{constants['WIDTH']}, {constants['DEPTH'] // 2}]>"
-        signature |= {name: box for name in ("codes", "residual_codes") if name in signature}
     for name in ("a_scale", "b_scale"):
         if name in signature:
             signature[name] = "*u8" if constants["GROUP"] == 32 else "*fp8e4nv"
