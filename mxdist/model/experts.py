@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
+from mxdist.model.activation import swiglu
 from mxdist.model.grouped_experts import grouped_linear
 from mxdist.quant.backend import fake_quantise, nonfinite_in_passing, quantisers_lack
 from mxdist.quant.linear import mx_linear
@@ -79,9 +80,7 @@ class MxExperts(SequentialMLP):
         )
 
     def _one_by_one(self, rows: Tensor, counts: list[int]) -> Tensor:
-        gate_up = self._each_linear("linear_fc1", rows, counts)
-        gate, up = gate_up.chunk(2, dim=-1)  # [rows, ffn] each
-        return self._each_linear("linear_fc2", F.silu(gate) * up, counts)
+        return self._each_linear("linear_fc2", swiglu(self._each_linear("linear_fc1", rows, counts)), counts)
 
     def _each_linear(self, name: str, rows: Tensor, counts: list[int]) -> Tensor:
         """The linear ``name`` of every expert on its own rows, in order."""
@@ -123,12 +122,11 @@ def _totals(weights: Layers) -> Layers | None:
 
 def _in_bfloat16(rows: Tensor, weights: Layers, counts: list[int], totals: Layers | None) -> Tensor:
     from mxdist.quant.kernels.segments import sent
-    from mxdist.quant.kernels.swiglu import Swiglu
 
     ends = sent(torch.tensor(counts).cumsum(0).to(torch.int32), rows.device)
     first, second = totals or (None, None)
     h = grouped_linear(rows, weights[0], ends, first)
-    return grouped_linear(Swiglu.apply(h), weights[1], ends, second)
+    return grouped_linear(swiglu(h), weights[1], ends, second)
 
 
 class _QuantiseStraightThrough(torch.autograd.Function):

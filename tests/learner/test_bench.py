@@ -23,7 +23,7 @@ def test_recipes_train_the_same_tokens_and_are_compared_with_the_first(
     learner.main([str(config), "run.seed=3", *sizes, "--recipes", "bf16", "mxfp4_g4_nearest", "--out", str(out)])
     report = json.loads(out.read_text())
     plain, quantised = report["recipes"]["bf16"], report["recipes"]["mxfp4_g4_nearest"]
-    assert plain["tokens"] == quantised["tokens"] > 100
+    assert plain["tokens"] == quantised["tokens"] > 200
     assert plain["ratio"] == 1
     assert quantised["ratio"] == pytest.approx(plain["seconds"]["update"] / quantised["seconds"]["update"])
     assert 0.5 < quantised["grad_norm"] / plain["grad_norm"] < 2

@@ -85,15 +85,14 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Options, argparse.Namespace
     parser.add_argument("settings", nargs="*", metavar="key=value")
     parser.add_argument("--recipes", nargs="+", default=RECIPES, help="the first is what others are compared with")
     parser.add_argument("--length", type=int, default=4096, help="tokens of the longest sequence")
-    parser.add_argument("--tokens", type=int, help="of an update, all ranks together; default: 2 micro-batches a rank")
+    parser.add_argument("--micro-batches", type=int, default=3, help="of each rank in an update, 90 % full")
     parser.add_argument("--warmup", type=int, default=2, help="updates before those that count")
     parser.add_argument("--steps", type=int, default=5, help="updates that count; medians are reported")
     parser.add_argument("--out", type=Path, help="a JSON file")
     given = parser.parse_intermixed_args(arguments)
-    if given.tokens is None:
-        learner = load_config(given.config, given.settings).learner
-        given.tokens = 2 * learner.ranks * learner.micro_batch_tokens
-    return Options(tuple(given.recipes), given.length, given.tokens, given.warmup, given.steps), given
+    learner = load_config(given.config, given.settings).learner
+    tokens = 9 * given.micro_batches * learner.ranks * learner.micro_batch_tokens // 10
+    return Options(tuple(given.recipes), given.length, tokens, given.warmup, given.steps), given
 
 
 def random_batch(options: Options, vocabulary: int) -> TrainBatch:
@@ -223,6 +222,7 @@ def _write(
         "ranks": config.learner.ranks,
         "micro_batch_tokens": config.learner.micro_batch_tokens,
         "recompute": config.learner.recompute,
+        "longest_sequence": options.length,
         "model": config.model.model_dump(),
         "recipes": rows,
         "seconds": {recipe: [timing.seconds for timing in timings] for recipe, timings in found.items()},

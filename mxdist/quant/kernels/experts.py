@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxdist.quant.kernels.forms import Form, Fp8Matrix
-from mxdist.quant.kernels.gemm import matmul
+from mxdist.quant.format import TILE
+from mxdist.quant.kernels.forms import Form
+from mxdist.quant.kernels.gemm import Blocks, multiply_blocks, right
 from mxdist.quant.kernels.nonfinite import Flag
 from mxdist.quant.kernels.options import Random, options_of
 from mxdist.quant.kernels.permute import without_filling
@@ -84,17 +85,19 @@ def experts_mlp(
     return _Experts.apply(site, rows, *w1, *w2)
 
 
-def _operands(weight: HopperWeight) -> tuple[Fp8Matrix, Fp8Matrix]:
+def _operands(weight: HopperWeight) -> tuple[Blocks, Blocks]:
+    if weight.rights is not None:
+        return weight.rights
     assert weight.forward is not None
     assert weight.transposed is not None
-    return weight.forward, weight.transposed
+    return right(weight.forward), right(weight.transposed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Site:
     """What forward and backward share."""
 
-    operands: tuple[tuple[tuple[Fp8Matrix, Fp8Matrix], ...], ...]  # by layer and expert: W and W^T
+    operands: tuple[tuple[tuple[Blocks, Blocks], ...], ...]  # by layer and expert: W and W^T
     segments: Segments
     recipe: Recipe
     seed: int | None
@@ -121,27 +124,28 @@ class _Site:
     def multiply(self, rows: ByRow, layer: int, transposed: bool) -> Tensor:
         """Rows times each expert's weight: [rows, N], or [rows, K] with the transposed weight."""
         weights = [both[transposed] for both in self.operands[layer]]
-        out = torch.empty(rows.data.shape[0], weights[0].rows, dtype=torch.bfloat16, device=rows.data.device)
-        for e, size in enumerate(self.segments.sizes):
+        out = torch.empty(self.segments.rows, weights[0].data.shape[1], dtype=torch.bfloat16, device=rows.data.device)
+        parts = out.split([TILE * count for count in self.segments.tiles])
+        for size, a, b, part in zip(self.segments.sizes, rows.lefts(self.segments), weights, parts, strict=True):
             if size:
-                matmul(rows.expert(self.segments, e), weights[e], out=out[self.segments.span(e)])
+                multiply_blocks(a, b, part)
         return out
 
     def weight_gradients(self, dy: ByColumn, x: ByColumn, layer: int, dtype: torch.dtype) -> list[Tensor | None]:
-        """Every expert's dY^T X, of the master weights' dtype; or added to the totals, one at a time."""
-        outputs, inputs = self.operands[layer][0][0].rows, self.operands[layer][0][1].rows
-        totals = None if self.totals is None else self.totals[layer]
-        gradients: list[Tensor | None] = []
-        scratch = torch.empty(outputs, inputs, dtype=dtype, device=dy.data.device) if totals is not None else None
-        for e, size in enumerate(self.segments.sizes):
+        """Every expert's dY^T X, of the master weights' dtype; or none, but added to the totals."""
+        sizes = self.segments.sizes
+        shape = (len(sizes), dy.features, x.features)
+        gradients = list(torch.empty(shape, dtype=dtype, device=dy.data.device).unbind())
+        products = zip(sizes, dy.lefts(self.segments), x.rights(self.segments), gradients, strict=True)
+        for size, a, b, dw in products:
             if size:
-                dw = matmul(dy.expert(self.segments, e), x.expert(self.segments, e), dtype, scratch)
-                if totals is not None:
-                    totals[e].add_(dw)
-            elif totals is None:
-                dw = torch.zeros(outputs, inputs, dtype=dtype, device=dy.data.device)
-            gradients.append(None if totals is not None else dw)
-        return gradients
+                multiply_blocks(a, b, dw)
+        if self.totals is None:
+            return [dw if size else dw.zero_() for size, dw in zip(sizes, gradients, strict=True)]
+        if any(sizes):
+            pairs = [pair for size, *pair in zip(sizes, self.totals[layer], gradients, strict=True) if size]
+            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+        return [None] * len(sizes)
 
 
 class _Experts(torch.autograd.Function):

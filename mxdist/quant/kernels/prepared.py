@@ -11,6 +11,7 @@ from mxdist.quant.format import TILE, TILE_SPAN
 from mxdist.quant.kernels import quant_terms
 from mxdist.quant.kernels.dequantise import dequantise
 from mxdist.quant.kernels.forms import Form, Fp8Matrix, empty_tiles
+from mxdist.quant.kernels.gemm import Blocks
 from mxdist.quant.kernels.packed import expand
 from mxdist.quant.kernels.plan import Gemm, Plan, without_bytes
 from mxdist.quant.kernels.quant_residual import quantise_with_residual, repeat_tiles, room_for_tiles
@@ -30,6 +31,7 @@ class HopperWeight:
     transposed  the same bytes [K, N]; None for weights with a macro factor per tile, which have no FP8 form along N
     longer      [N, K + 128 n]: forward and copies of the n tiles whose activations have a residual, or None
     values      dequantised [N, K], instead of bytes
+    rights      forward and transposed as `gemm.multiply_blocks` takes them, where many weights were prepared together
     """
 
     plan: Plan
@@ -37,6 +39,7 @@ class HopperWeight:
     transposed: Fp8Matrix | None = None
     longer: Fp8Matrix | None = None
     values: Tensor | None = None
+    rights: tuple[Blocks, Blocks] | None = None
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """Return W_q [N, K]."""
@@ -73,7 +76,7 @@ def prepare_weights(
     if choice.forward.gemm is not Gemm.BF16 and choice.weight_form is Form.SQUARE:
         both = quantise_weights(weights, count, recipe.w, name, "propagate")
         rounds = rounding_squares(packed).view(count, rows // TILE).any(1)
-        return [HopperWeight(choice, each.forward, each.transposed) for each in both], rounds
+        return [HopperWeight(choice, each.forward, each.transposed, rights=each.rights) for each in both], rounds
     parts = [(weights[start : start + rows], packed[start : start + rows]) for start in range(0, len(weights), rows)]
     found = [prepare_weight(each, recipe, choice, of, name=name, nonfinite="propagate") for each, of in parts]
     rounded = [each.rounded(of, weights.dtype) for each, (_, of) in zip(found, parts, strict=True)]

@@ -26,6 +26,7 @@ from mxdist.quant.kernels.device import (
     unit_of,
 )
 from mxdist.quant.kernels.forms import Form, Fp8Matrix, empty_tiles
+from mxdist.quant.kernels.gemm import SQUARES, Blocks
 from mxdist.quant.kernels.nonfinite import Flag
 from mxdist.quant.kernels.options import UnsupportedOperandError, options_of
 from mxdist.quant.recipe import Operand
@@ -44,10 +45,14 @@ def whole_units(weights: Tensor, operand: Operand) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Weight:
-    """A quantised weight [N, K]: `forward` is [N, K], `transposed` [K, N], with equal values."""
+    """A quantised weight [N, K]: `forward` is [N, K], `transposed` [K, N], with equal values.
+
+    rights  both as right operands, where they were worked out for many weights at once
+    """
 
     forward: Fp8Matrix
     transposed: Fp8Matrix
+    rights: tuple[Blocks, Blocks] | None = None
 
 
 @triton.jit
@@ -155,11 +160,21 @@ def quantise_weights(
     scale = torch.empty(count, down, -(-squares // 4) * 4, dtype=torch.float32, device=weights.device)
     transposed = Fp8Matrix(data, scale, Form.SQUARE, n)
     _launch(weights, operand, Fp8Weight(forward, transposed), None, name, nonfinite, n)
-    parts = zip(forward.data.split(n), forward.scale.split(squares), data.unbind(), scale.unbind(), strict=True)
-    return [
-        Fp8Weight(Fp8Matrix(w, s, Form.SQUARE, k), Fp8Matrix(w_t, s_t[:, :squares], Form.SQUARE, n))
-        for w, s, w_t, s_t in parts
+    by_weight = forward.data.view(count, n, -1), _with_padding(forward.scale).view(count, squares, -1), data, scale
+    rights = [
+        tuple(Blocks(w, [s], SQUARES) for w, s in ((w, s), (w_t, s_t)))
+        for w, s, w_t, s_t in zip(*(each.transpose(1, 2).unbind() for each in by_weight), strict=True)
     ]
+    parts = zip(forward.data.split(n), forward.scale.split(squares), data.unbind(), scale.unbind(), rights, strict=True)
+    return [
+        Fp8Weight(Fp8Matrix(w, s, Form.SQUARE, k), Fp8Matrix(w_t, s_t[:, :squares], Form.SQUARE, n), (both[0], both[1]))
+        for w, s, w_t, s_t, both in parts
+    ]
+
+
+def _with_padding(scale: Tensor) -> Tensor:
+    """Of a SQUARE's scales, all columns that they have in memory."""
+    return scale.as_strided((len(scale), scale.stride(0)), (scale.stride(0), 1))
 
 
 def _launch(

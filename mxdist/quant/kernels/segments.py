@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mxdist.quant.format import TILE
 from mxdist.quant.kernels.forms import Form, Fp8Matrix
+from mxdist.quant.kernels.gemm import ROTATION_GAIN, SQUARES, TILES, Blocks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,6 +100,13 @@ class ByRow:
         data = torch.empty(segments.rows, k, dtype=torch.float8_e4m3fn, device=device)
         return cls(data, torch.empty(segments.rows * (k // TILE), dtype=torch.float32, device=device), k)
 
+    def lefts(self, segments: Segments) -> list[Blocks]:
+        """Every expert's rows as left operands."""
+        tiles, rows = self.k // TILE, [TILE * count for count in segments.tiles]
+        scales = self.scale.split([tiles * count for count in rows])
+        parts = zip(self.data.split(rows), scales, rows, strict=True)
+        return [Blocks(data, [scale.view(tiles, count).t()], TILES) for data, scale, count in parts]
+
     def expert(self, segments: Segments, index: int) -> Fp8Matrix:
         """View of one expert's rows."""
         span, tiles = segments.span(index), self.k // TILE
@@ -127,6 +135,28 @@ class ByColumn:
         if form is Form.SQUARE:
             count = sum(-(-n // 4) * 4 for n in segments.tiles) * (features // TILE)
         return cls(data, torch.empty(count, dtype=torch.float32, device=device), features, form, rotated)
+
+    def lefts(self, segments: Segments) -> list[Blocks]:
+        """Every expert's columns, form TILE, as left operands."""
+        assert self.form is Form.TILE
+        scale = self.scale * ROTATION_GAIN if self.rotated else self.scale
+        scales = scale.split([self.features * count for count in segments.tiles])
+        parts = zip(self._bytes(segments), scales, segments.tiles, strict=True)
+        return [Blocks(data, [each.view(tiles, self.features).t()], TILES) for data, each, tiles in parts]
+
+    def rights(self, segments: Segments) -> list[Blocks]:
+        """Every expert's columns, form SQUARE, as right operands."""
+        assert self.form is Form.SQUARE
+        squares, padded = self.features // TILE, [-(-count // 4) * 4 for count in segments.tiles]
+        scales = self.scale.split([squares * count for count in padded])
+        parts = zip(self._bytes(segments), scales, padded, strict=True)
+        return [Blocks(data.t(), [each.view(squares, count).t()], SQUARES) for data, each, count in parts]
+
+    def _bytes(self, segments: Segments) -> list[Tensor]:
+        """[features, tokens] of every expert."""
+        lengths = [TILE * count for count in segments.tiles]
+        parts = self.data.split([self.features * length for length in lengths])
+        return [part.view(self.features, length) for part, length in zip(parts, lengths, strict=True)]
 
     def expert(self, segments: Segments, index: int) -> Fp8Matrix:
         """View of one expert's columns."""

@@ -191,6 +191,8 @@ def test_random_rounding_is_seeded() -> None:
     one, again, other = (case.fused(seed=seed) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
     assert not torch.equal(one[2], other[2])
+    nearest = Case(NEAREST, (3,)).fused()
+    assert all((a - b).norm() < 0.5 * b.norm() for a, b in zip(one, nearest, strict=True))  # only quantisation noise
     with pytest.raises(ValueError, match="needs a seed"):
         case.fused()
 

@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 from mxdist.quant import backend
 from mxdist.quant.fallback import choose_tiles, tile_maxima
 from mxdist.quant.kernels import linear as kernels
+from mxdist.quant.kernels.gemm import right
 from mxdist.quant.kernels.plan import Gemm, plan
 from mxdist.quant.kernels.prepared import HopperWeight, prepare_weight, prepare_weights, rounding_squares
 from mxdist.quant.linear import mx_linear, reference_linear
@@ -81,6 +82,12 @@ def test_weights_prepared_together_are_those_prepared_alone(recipe: Recipe) -> N
                 assert torch.equal(got.scale, expected.scale)
                 assert got.scale.stride() == expected.scale.stride()
                 assert got.data.is_contiguous()
+        if ours.rights is not None:
+            for got, matrix_of in zip(ours.rights, (alone.forward, alone.transposed), strict=True):
+                wanted = right(matrix_of)
+                assert got.recipe == wanted.recipe
+                assert torch.equal(got.data.view(torch.uint8), wanted.data.view(torch.uint8))
+                assert (got.data.stride(), got.scale[0].stride()) == (wanted.data.stride(), wanted.scale[0].stride())
 
 
 @pytest.mark.parametrize(("binades", "operand"), [(14, Operand()), (11, FOLDED)], ids=["plain", "folded"])
