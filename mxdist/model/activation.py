@@ -1,24 +1,21 @@
-"""SwiGLU of the dense model, where Megatron builds an activation."""
+"""SwiGLU of the dense model, where Megatron builds an activation, and of experts."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mxdist.quant.backend import quantisers_lack
 
 
-class SwigluActivation(nn.Module):
-    """silu(gate) * up, on a GPU in one kernel each way: five of torch's move as much memory as two of the linears."""
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, on a GPU in one kernel each way: five of torch's move as much memory as two of the linears.
 
-    def __init__(self, **_: object) -> None:
-        super().__init__()
+    [..., 2 ffn], gate before up, to [..., ffn]; rounded where ``F.silu(gate) * up`` is.
+    """
+    if gate_up.dtype == torch.bfloat16 and quantisers_lack(gate_up.device) is None:
+        from mxdist.quant.kernels.swiglu import Swiglu
 
-    def forward(self, gate_up: Tensor) -> Tensor:
-        """[..., 2 ffn], gate before up, to [..., ffn]; rounded where ``F.silu(gate) * up`` is."""
-        if gate_up.dtype == torch.bfloat16 and quantisers_lack(gate_up.device) is None:
-            from mxdist.quant.kernels.swiglu import Swiglu
-
-            rows = gate_up.reshape(-1, gate_up.shape[-1])
-            return Swiglu.apply(rows).view(*gate_up.shape[:-1], -1)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        rows = gate_up.reshape(-1, gate_up.shape[-1])
+        return Swiglu.apply(rows).view(*gate_up.shape[:-1], -1)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from mxdist.model.activation import SwigluActivation
+from mxdist.model.activation import swiglu
 from mxdist.model.attention import PackedAttention
 from mxdist.model.experts import MxExperts
 from mxdist.model.moe_layer import MxMoELayer
@@ -157,7 +157,7 @@ def decoder_spec(layers: int, num_experts: int | None, qk_norms: bool) -> Transf
     )
     mlp = get_mlp_module_spec_for_backend(backend=backend, num_experts=num_experts)
     if num_experts is None:
-        mlp.submodules.activation_func = SwigluActivation
+        mlp.submodules.activation_func = swiglu
     else:
         mlp.module = MxMoELayer
     layer = ModuleSpec(
