@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, int16, int32
 
 from mxdist.quant.format import TILE
 from mxdist.quant.kernels.forms import Form
@@ -22,6 +22,7 @@ from mxdist.quant.kernels.nonfinite import Flag
 from mxdist.quant.kernels.options import Options, Random
 from mxdist.quant.kernels.piece import quantise_piece
 from mxdist.quant.kernels.quant_both import RANDOM_SHAPE, SHAPE
+from mxdist.quant.kernels.quant_pairs import PARTS, WARPS, columns_of_pairs, pairs_fit, rows_of_pairs
 from mxdist.quant.kernels.runs import GIVEN, TILES, quantise_runs, rotate_runs
 from mxdist.quant.kernels.segments import ByColumn, ByRow, Segments
 from mxdist.quant.kernels.swiglu import swiglu
@@ -86,6 +87,30 @@ def _kernel(
             )  # fmt: skip
 
 
+@triton.jit
+def _pairs_kernel(
+    x_words, x_stride, map, table, words, data_halves, scale, data_t_words, scale_t, flag,
+    PARTS: tl.constexpr, SQUARES: tl.constexpr, CHECK: tl.constexpr, CARRY: tl.constexpr,
+):  # fmt: skip
+    """`_kernel` for tokens and rows as `quant_pairs` does them."""
+    tile, word = tl.program_id(1), tl.program_id(0) * 64
+    first, tiles, fourth = tl.load(table + 5 * tile), tl.load(table + 5 * tile + 1), tl.load(table + 5 * tile + 2)
+    row, start = 128 * (tile - first), 128 * first.to(tl.int64)
+    rows = 128 * tiles
+    unit = rows_of_pairs(
+        x_words, x_stride, 128 * tile, 128 * (tile + 1), map, word, words, flag, row, rows, data_halves + start * words,
+        words, scale + start * (words // 64), rows, PARTS, CARRY, CHECK,
+    )  # fmt: skip
+    if SQUARES:
+        scales, stride = scale_t + (words // 64) * fourth.to(tl.int64), tl.cdiv(tiles, 4) * 4
+    else:
+        scales, stride = scale_t + first.to(tl.int64) * 2 * words, 2 * words
+    columns_of_pairs(
+        x_words, x_stride, 128 * tile, 128 * (tile + 1), map, word, words, row, data_t_words + start * (words // 2),
+        rows // 4, scales, stride, unit, SQUARES, CARRY,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """One orientation of a result: its operand, and where its random numbers start; expert e draws with seed + e."""
@@ -114,6 +139,14 @@ def quantise_experts(
     by_row = ByRow.empty(segments, k)
     by_column = ByColumn.empty(segments, k, column_form, column.options.hadamard) if column else None
     if not segments.rows:
+        return by_row, by_column
+    if by_column and column and source != SWIGLU and pairs_fit(x, row.options, column.options):
+        _pairs_kernel[(k // TILE, len(segments.table))](
+            x.view(int32), x.stride(0) // 2, segments.source if source == TOKENS else None, segments.table, k // 2,
+            by_row.data.view(int16), by_row.scale, by_column.data.view(int32), by_column.scale, flag.pointer,
+            PARTS=PARTS, SQUARES=column_form is Form.SQUARE, CHECK=flag.checked, CARRY=row.options.carry,
+            num_warps=WARPS,
+        )  # fmt: skip
         return by_row, by_column
     other = column or Wanted(NOTHING)
     height, width, warps = RANDOM_SHAPE if other.options.stochastic else SHAPE

@@ -84,16 +84,28 @@ def _code(bits, CARRY: tl.constexpr):
 
 
 @triton.jit
-def _rows(
-    x, stride, row, word, rows, words, flag, data, data_stride, scale, scale_stride,
+def _found(r, rows, map):
+    """Where rows r < `rows` of a matrix lie, int64, and whether they do: with a map where it says, -1 for nowhere."""
+    if map is not None:
+        r = tl.load(map + r)
+        return r.to(tl.int64), r >= 0
+    return r.to(tl.int64), r < rows
+
+
+@triton.jit
+def rows_of_pairs(
+    x, stride, from_row, rows, map, word, words, flag, row, data_rows, data, data_stride, scale, scale_stride,
     PARTS: tl.constexpr, CARRY: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
-    """Quantise 128 x 64 words along rows; returns the largest unit."""
+    """Quantise 128 x 64 words of x, at (from_row, word), along rows; returns the largest unit.
+
+    Bytes and scales go to `row` and further of `data_rows` rows. Without a map rows from `rows` on are zeros.
+    """
     n: tl.constexpr = 16 // PARTS
-    r = row + tl.arange(0, 128)
-    there = (r < rows)[:, None, None]
+    place, there = _found(from_row + tl.arange(0, 128), rows, map)
+    there = there[:, None, None]
     w = word + 16 * tl.arange(0, 4)[None, :, None] + tl.arange(0, n)[None, None, :]
-    first = x + r.to(tl.int64)[:, None, None] * stride + w
+    first = x + place[:, None, None] * stride + w
     xs = ()
     for i in tl.static_range(PARTS):
         xs += (tl.load(first + i * n, mask=there & (w + i * n < words), other=0),)
@@ -107,14 +119,16 @@ def _rows(
     unit = tl.maximum(top - TOP, 1)
     step = (tl.maximum(code, top[:, None] - SPAN) - unit[:, None] + 127) * _ONES
     per_unit = tl.where(good, (254 - unit)[:, None] * _ONES, _NAN * 0x10001)
+    r = row + tl.arange(0, 128)
+    kept = (r < data_rows)[:, None, None]
     to = data + r.to(tl.int64)[:, None, None] * data_stride + w
     for i in tl.static_range(PARTS):
         p, s = tl.broadcast_to(per_unit[:, :, None], xs[i].shape), tl.broadcast_to(step[:, :, None], xs[i].shape)
         y = tl.inline_asm_elementwise(
             _ALONG_ROWS, "=r,r,r,r,r,r,r", [xs[i], p, s], dtype=tl.int16, is_pure=True, pack=2
         )  # fmt: skip
-        tl.store(to + i * n, y, mask=there)
-    tl.store(scale + (word // 64).to(tl.int64) * scale_stride + r, power_of_two(unit), mask=r < rows)
+        tl.store(to + i * n, y, mask=kept)
+    tl.store(scale + (word // 64).to(tl.int64) * scale_stride + r, power_of_two(unit), mask=r < data_rows)
     return tl.max(unit)
 
 
@@ -129,17 +143,19 @@ def _column(bits, unit, GIVEN: tl.constexpr, CARRY: tl.constexpr):
 
 
 @triton.jit
-def _columns(
-    x, stride, row, word, rows, words, data, data_stride, scale, scale_stride, unit,
+def columns_of_pairs(
+    x, stride, from_row, rows, map, word, words, row, data, data_stride, scale, scale_stride, unit,
     SQUARES: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
-    """Quantise 128 x 64 words along columns, whose bytes and scales are stored transposed; see `runs`."""
-    r, c = row + 32 * tl.arange(0, 4), word + tl.arange(0, 64)
-    first = x + r.to(tl.int64)[:, None] * stride + c[None, :]
+    """Quantise them along columns, whose bytes and scales are stored transposed; see `runs`."""
+    r, c = from_row + 32 * tl.arange(0, 4), word + tl.arange(0, 64)
     inside = (c < words)[None, :]
     xs = ()
+    first = x + r.to(tl.int64)[:, None] * stride + c[None, :]
     for i in tl.static_range(32):
-        xs += (tl.load(first + i * stride, mask=(r + i < rows)[:, None] & inside, other=0),)
+        place, there = _found(r + i, rows, map)
+        at = first + i * stride if map is None else x + place[:, None] * stride + c[None, :]
+        xs += (tl.load(at, mask=there[:, None] & inside, other=0),)
     largest = xs[0]
     for i in tl.static_range(1, 32):
         largest = _larger(largest, xs[i])
@@ -183,21 +199,22 @@ def _kernel(
     PARTS: tl.constexpr, SQUARES: tl.constexpr, CHECK: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
     row, word = tl.program_id(1) * 128, tl.program_id(0) * 64
-    unit = _rows(
-        x_words, stride, row, word, rows, words, flag, data_halves, data_stride, scale, scale_stride, PARTS, CARRY,
-        CHECK,
+    unit = rows_of_pairs(
+        x_words, stride, row, rows, None, word, words, flag, row, rows, data_halves, data_stride, scale, scale_stride,
+        PARTS, CARRY, CHECK,
     )  # fmt: skip
-    _columns(
-        x_words, stride, row, word, rows, words, data_t_words, data_t_stride, scale_t, scale_t_stride, unit, SQUARES,
-        CARRY,
+    columns_of_pairs(
+        x_words, stride, row, rows, None, word, words, row, data_t_words, data_t_stride, scale_t, scale_t_stride, unit,
+        SQUARES, CARRY,
     )  # fmt: skip
 
 
 def pairs_fit(x: Tensor, row: Options, column: Options) -> bool:
     """True when this kernel does both operands of x: bfloat16 in whole words, rounded to nearest, nothing else."""
-    plain = not any(o.stochastic or o.saturate or o.macro_bits or o.hadamard for o in (row, column))
+    if any(o.stochastic or o.saturate or o.macro_bits or o.hadamard for o in (row, column)):
+        return False
     words = x.dtype == bfloat16 and x.is_cuda and not (x.shape[1] % 2 or x.stride(0) % 2 or x.data_ptr() % 4)
-    return plain and words and row.carry == column.carry
+    return words and row.carry == column.carry
 
 
 def launch_pairs(x: Tensor, by_row: Fp8Matrix, by_column: Fp8Matrix, options: Options, flag: Flag) -> None:

@@ -83,6 +83,9 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     for squares in (True, False):
         pairs = {"PARTS": quant_pairs.PARTS, "SQUARES": squares, "CHECK": True, "CARRY": CEIL}
         yield f"both in pairs, squares: {squares}", quant_pairs._kernel, pairs, quant_pairs.WARPS
+    pairs |= {"SQUARES": True}
+    yield "experts in pairs, tokens", quant_experts._pairs_kernel, pairs, quant_pairs.WARPS
+    yield "experts in pairs, rows", quant_experts._pairs_kernel, pairs | {"map": None}, quant_pairs.WARPS
     experts = both | {"BY_COLUMN": True, "HADAMARD_T": False}
     for name, source in (("tokens", quant_experts.TOKENS), ("swiglu", quant_experts.SWIGLU)):
         yield f"experts, {name}", quant_experts._kernel, experts | {"SOURCE": source}, quant_both.SHAPE[2]
