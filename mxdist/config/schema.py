@@ -300,7 +300,11 @@ class RolloutConfig(Section):
         None, description="Prompt and answer together, in tokens; null: model.max_position_embeddings."
     )
     max_lag: int = Field(0, ge=0, description="Learner updates a sampled answer may be behind; 0 is synchronous.")
-    max_sequences: PositiveInt = Field(256, description="Sequences an engine decodes together.")
+    max_sequences: PositiveInt = Field(
+        256,
+        description="Sequences an engine decodes together. With fewer than it is given at once, new ones come in while "
+        "others are decoded, and such steps run without CUDA graphs.",
+    )
     kv_cache_mib: PositiveInt = 64
     cuda_graphs: bool = Field(
         True,
