@@ -70,8 +70,8 @@ class Spans:
     tables: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)  # for the kernel, made once
 
 
-def checksums(buffer: Tensor, spans: Spans) -> Tensor:
-    """Return the checksum of each span, int64 [spans] on the buffer's device.
+def checksums(buffer: Tensor, spans: Spans, out: Tensor | None = None) -> Tensor:
+    """Return the checksum of each span, int64 [spans] on the buffer's device; added to `out` where it is given.
 
     buffer  flat and contiguous. uint8: unit 1. int32 or float32: unit 4. bfloat16: of the values in float32, unit 4.
 
@@ -80,15 +80,15 @@ def checksums(buffer: Tensor, spans: Spans) -> Tensor:
     if buffer.is_cuda and quantisers_lack(buffer.device) is None:
         from mxdist.quant.kernels.checksum import checksums as by_kernel
 
-        return by_kernel(buffer, spans)
-    found = torch.zeros(len(spans.starts), dtype=torch.int64, device=buffer.device)
+        return by_kernel(buffer, spans, out)
+    found = torch.zeros(len(spans.starts), dtype=torch.int64, device=buffer.device) if out is None else out
     places = [0] * len(spans.starts) if spans.places is None else spans.places.tolist()
     stride = spans.stride if spans.row else None
     for index, start in enumerate(spans.starts.tolist()):
         piece = buffer[start : start + int(spans.counts[index])]
         piece = piece.float() if piece.dtype == torch.bfloat16 else piece
         integers = piece if piece.dtype == torch.uint8 else piece.view(torch.int32)
-        found[index] = _sum(integers, places[index], spans.row, stride)
+        found[index] += _sum(integers, places[index], spans.row, stride)
     return found
 
 

@@ -81,12 +81,11 @@ class _BucketPlan:
 
 @dataclass(frozen=True)
 class _LiveSums:
-    """Checksums of rows of one live matrix, and their places in those of the payloads."""
+    """Checksums of rows of one live matrix, and their places in those of all payloads, one after the other."""
 
     slot: Slot  # any of the matrix
     part: str
     spans: Spans
-    payloads: np.ndarray  # int64
     positions: np.ndarray  # int64
 
 
@@ -95,10 +94,10 @@ class _Plan:
     """What is done with payloads of certain manifests."""
 
     manifests: tuple[Manifest, ...]
-    values: frozenset[str]  # packed tensors that have live values beside their bytes
+    values: frozenset[int]  # packed weights that have live values beside their bytes, by ``id``
     buckets: list[list[_BucketPlan]] = field(default_factory=list)  # by payload
     live: list[_LiveSums] = field(default_factory=list)
-    one_by_one: list[tuple[Slot, str, int, int]] = field(default_factory=list)  # sums: slot, part, payload, position
+    one_by_one: list[tuple[Slot, str, int]] = field(default_factory=list)  # sums: slot, part, position
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,9 @@ class WeightLoader:
     """
 
     def __init__(self, slots: dict[str, Slot], recipes: ModelRecipes, device: torch.device) -> None:
-        self._slots, self._recipes, self._device = slots, recipes, device
+        self._slots, self._recipes, self._device = slots, recipes.to_dict(), device
+        owners = {id(slot.owner): slot.owner for slot in slots.values()}.values()
+        self._weights = [owner for owner in owners if isinstance(owner, LiveWeight)]
         self._plan: _Plan | None = None
         self._mappings = Mappings(device.index or 0) if device.type == "cuda" else None
 
@@ -134,7 +135,8 @@ class WeightLoader:
         """
         started = time.perf_counter()
         _check_headers(payloads, self._recipes)
-        manifests, values = tuple(payload.manifest for payload in payloads), _with_values(self._slots)
+        manifests = tuple(payload.manifest for payload in payloads)
+        values = frozenset(id(weight) for weight in self._weights if weight.operand and weight.values is not None)
         if self._plan is None or (self._plan.manifests, self._plan.values) != (manifests, values):
             self._plan = None  # it is large
             self._plan = _make_plan(manifests, values, self._slots)
@@ -169,28 +171,23 @@ class WeightLoader:
                 for part in plan.cuts:
                     live = part.slot.matrix(part.part)[part.slot.rows]
                     live.copy_(part.of(elements)[part.slot.division.region(tuple(live.shape))])
-        for owner in {id(slot.owner): slot.owner for slot in self._slots.values()}.values():
-            if isinstance(owner, LiveWeight):
-                owner.refresh()
+        for weight in self._weights:
+            weight.refresh()
 
     def checksums(self, arrived: Arrived) -> PartSums:
         """Of the live weights, those that the payloads have; of divided tensors the share of this process."""
         plan = arrived.plan
-        found = [np.zeros(len(manifest.checked), dtype=np.uint64) for manifest in plan.manifests]
-        device = [
-            checksums(summable(live.part, live.slot.matrix(live.part).view(-1)), live.spans) for live in plan.live
-        ]
-        values = torch.cat(device).cpu().numpy().view(np.uint64) if device else np.zeros(0, np.uint64)
-        start = 0
-        for live in plan.live:
-            stop = start + len(live.positions)
-            for number, sums in enumerate(found):
-                here = live.payloads == number
-                sums[live.positions[here]] = values[start:stop][here]
-            start = stop
-        for slot, part, number, position in plan.one_by_one:
-            found[number][position] = slot.checksum(part)
-        return PartSums(plan.manifests, found)
+        counts = [len(live.positions) for live in plan.live]
+        device = torch.zeros(sum(counts), dtype=torch.int64, device=self._device)
+        for live, out in zip(plan.live, device.split(counts), strict=True):
+            checksums(summable(live.part, live.slot.matrix(live.part).view(-1)), live.spans, out)
+        lengths = [len(manifest.checked) for manifest in plan.manifests]
+        found = np.zeros(sum(lengths), dtype=np.uint64)
+        if plan.live:
+            found[np.concatenate([live.positions for live in plan.live])] = device.cpu().numpy().view(np.uint64)
+        for slot, part, position in plan.one_by_one:
+            found[position] = slot.checksum(part)
+        return PartSums(plan.manifests, np.split(found, np.cumsum(lengths)[:-1]))
 
     def _wait(self) -> float:
         """Until the device has done what was asked of it; the time then."""
@@ -222,10 +219,9 @@ class _Buckets:
         return held if isinstance(held, Tensor) else as_tensor(held).to(self._device)
 
 
-def _check_headers(payloads: Sequence[WeightPayload], recipes: ModelRecipes) -> None:
+def _check_headers(payloads: Sequence[WeightPayload], ours: dict[str, Any]) -> None:
     if not payloads:
         raise ParityError("a weight sync came without payloads")
-    ours = recipes.to_dict()
     for rank, payload in enumerate(payloads):
         if payload.recipes != ours:
             raise ParityError(
@@ -246,7 +242,7 @@ def _in_words(recipes: dict[str, Any]) -> str:
 # What manifests say ----------------------------------------------------------------------------------------------
 
 
-def _make_plan(manifests: tuple[Manifest, ...], values: frozenset[str], slots: dict[str, Slot]) -> _Plan:
+def _make_plan(manifests: tuple[Manifest, ...], values: frozenset[int], slots: dict[str, Slot]) -> _Plan:
     refuse_repeats(manifests)
     sent = {tensor.name for manifest in manifests for tensor in manifest.tensors}
     if extra := sorted(sent - slots.keys()):
@@ -256,9 +252,9 @@ def _make_plan(manifests: tuple[Manifest, ...], values: frozenset[str], slots: d
     plan = _Plan(manifests, values)
     live: dict[tuple[int, str, str], list[tuple[int, ...]]] = {}
     any_slot: dict[tuple[int, str, str], Slot] = {}
-    for payload, manifest in enumerate(manifests):
+    position = 0  # among the checksums of all payloads
+    for manifest in manifests:
         parts: list[list[_Part]] = [[] for _ in manifest.buckets]
-        position = 0
         for tensor in manifest.tensors:
             slot = slots[tensor.name]
             _check_place(slot, tensor, manifest)
@@ -266,12 +262,12 @@ def _make_plan(manifests: tuple[Manifest, ...], values: frozenset[str], slots: d
                 dtype = DTYPES[manifest.buckets[place.bucket].kind]
                 parts[place.bucket].append(_Part(slot, part, place.offset // dtype.itemsize, place.shape, dtype))
             for part in tensor.checked:
-                if part == VALUES and slot.kind == "mx" and slot.name not in values:
-                    plan.one_by_one.append((slot, part, payload, position))
+                if part == VALUES and slot.kind == "mx" and id(slot.owner) not in values:
+                    plan.one_by_one.append((slot, part, position))
                 else:
                     key = (id(slot.owner), slot.attribute, part)
                     any_slot.setdefault(key, slot)
-                    live.setdefault(key, []).append((*_live_range(slot, part), payload, position))
+                    live.setdefault(key, []).append((*_live_range(slot, part), position))
                 position += 1
         plan.buckets.append(
             [
@@ -283,15 +279,6 @@ def _make_plan(manifests: tuple[Manifest, ...], values: frozenset[str], slots: d
         )
     plan.live.extend(_live_sums(any_slot[key], key[2], np.array(rows, dtype=np.int64)) for key, rows in live.items())
     return plan
-
-
-def _with_values(slots: dict[str, Slot]) -> frozenset[str]:
-    """The packed tensors that have live values beside their bytes."""
-    return frozenset(
-        name
-        for name, slot in slots.items()
-        if isinstance(slot.owner, LiveWeight) and slot.owner.operand is not None and slot.owner.values is not None
-    )
 
 
 def _check_place(slot: Slot, tensor: TensorPlace, manifest: Manifest) -> None:
@@ -356,10 +343,10 @@ def _live_range(slot: Slot, part: str) -> tuple[int, int, int]:
 
 
 def _live_sums(slot: Slot, part: str, table: np.ndarray) -> _LiveSums:
-    """``table``: start, number, place, payload and position of each checksum of one live matrix."""
+    """``table``: start, number, place and position of each checksum of one live matrix."""
     width = _row_width(slot, part) if slot.division.dimension and slot.division.count > 1 else 0
     spans = Spans(table[:, 0], table[:, 1], table[:, 2], width, width * slot.division.count)
-    return _LiveSums(slot, part, spans, table[:, 3], table[:, 4])
+    return _LiveSums(slot, part, spans, table[:, 3])
 
 
 # What payloads bring ---------------------------------------------------------------------------------------------

@@ -62,10 +62,10 @@ def _kernel(
     tl.atomic_add(sums + span, tl.sum(total, 0))
 
 
-def checksums(buffer: Tensor, spans: Spans) -> Tensor:
+def checksums(buffer: Tensor, spans: Spans, out: Tensor | None = None) -> Tensor:
     """See `quant.checksum.checksums`."""
     integers, bits, up = _FORMS[buffer.dtype]
-    sums = torch.zeros(len(spans.starts), dtype=torch.int64, device=buffer.device)
+    sums = torch.zeros(len(spans.starts), dtype=torch.int64, device=buffer.device) if out is None else out
     table = spans.tables.get(buffer.device)
     if table is None:
         table = spans.tables[buffer.device] = torch.from_numpy(pieces(spans)).to(buffer.device)
