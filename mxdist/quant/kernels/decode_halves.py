@@ -81,7 +81,7 @@ def _reciprocal(f):
 @triton.jit
 def _block_scales(code, byte, METHOD: tl.constexpr, SHARES: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
     """Block scales float32 [BLOCKS SHARES, WIDTH, 1] of E8M0 codes and macro bytes [SHARES WIDTH, BLOCKS]."""
-    scale = power_of_two(code.to(tl.int32))
+    scale = power_of_two(code)
     if METHOD == 3:  # as terms.factors
         scale = scale * (1.0 + byte.to(tl.float32) * 0.25)
     elif METHOD != 0:
@@ -105,11 +105,19 @@ def _bytes(codes, row, first, code_width, BLOCKS: tl.constexpr, EVEN: tl.constex
 
 
 @triton.jit
-def _codes(pointers, there, EVEN: tl.constexpr):
-    """E8M0 codes, 0 where there are none."""
-    if EVEN:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=there, other=0)
+def _codes(scales, row, first, units, BLOCKS: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr):
+    """E8M0 codes int32 [WIDTH, BLOCKS] of rows [WIDTH] of units * UNIT codes; 0 where there are none.
+
+    scales  words of four codes where UNIT allows it: shorter pieces do not go through the pipeline; otherwise bytes
+    """
+    WORD: tl.constexpr = 4 if UNIT >= 4 else 1
+    width = units * (UNIT // WORD)
+    n = (first // WORD + tl.arange(0, BLOCKS // WORD))[None, :]
+    pointers = scales + row[:, None] * width + n
+    code = (tl.load(pointers) if EVEN else tl.load(pointers, mask=n < width, other=0)).to(tl.int32)
+    if WORD == 4:
+        code = (code[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :]) & 255
+    return tl.reshape(code, [row.shape[0], BLOCKS])
 
 
 @triton.jit
@@ -167,7 +175,6 @@ def _product(
     inside, left = (r < stop)[:, None], x + r.to(tl.int64)[:, None] * x_stride
     c, b = tl.arange(0, DEPTH), tl.arange(0, BLOCKS)
     first_block, scale_width = part * (LENGTH // 32), scale_units * UNIT
-    row_scales = weight_row[:, None] * scale_width + first_block + b[None, :]
     macro_row = macro + weight_row[:, None] * macro_width if METHOD != 0 else codes
     byte = tl.zeros((WIDTH, BLOCKS), tl.uint8)
     if METHOD != 0:
@@ -175,8 +182,7 @@ def _product(
     total = tl.zeros((ALONG * SHARES, SHARE, BM), tl.float32)
     for step in tl.range(0, LENGTH, DEPTH, num_stages=STAGES):  # said of the loop, it holds for scales too
         first = part * LENGTH + step
-        there = (first_block + step // 32 + b < scale_width)[None, :]
-        code = _codes(scales + row_scales + step // 32, there, EVEN)
+        code = _codes(scales, weight_row, first_block + step // 32, scale_units, BLOCKS, UNIT, EVEN)
         next_byte = byte
         if METHOD != 0:  # a step ahead: too few bytes for the pipeline
             next_byte = _macro_bytes(macro_row, first_block + step // 32 + BLOCKS + b, scale_width, MACRO)
@@ -187,7 +193,7 @@ def _product(
         w = _elements(_bytes(codes, weight_row, first, code_width, BLOCKS, EVEN), SHARES, SHARE, BLOCKS)
         sums = tl.dot(w, right) * _block_scales(code, byte, METHOD, SHARES, SHARE, BLOCKS)
         if FALLBACK:
-            code_2 = _codes(residual_scales + row_scales + step // 32, there, EVEN)
+            code_2 = _codes(residual_scales, weight_row, first_block + step // 32, scale_units, BLOCKS, UNIT, EVEN)
             byte_2 = _bytes(residual_codes, weight_row, first, code_width, BLOCKS, EVEN)
             w = _elements(byte_2, SHARES, SHARE, BLOCKS)
             sums += tl.dot(w, right) * (_block_scales(code_2, byte, METHOD, SHARES, SHARE, BLOCKS) * alpha)
@@ -267,6 +273,11 @@ def multiply_halves(
     rows, device, blocks = len(x), x.device, source.widths[1]
     length, split = cut(shape, blocks)
     unit = min(16, blocks & -blocks)  # what the width of a row of scales is known to be a multiple of
+    codes, scales, macro, residual_codes, residual_scales = source.pointers
+    if unit >= 4:
+        scales, residual_scales = (
+            None if part is None else part.view(torch.int32) for part in (scales, residual_scales)
+        )
     ahead = 0 if INTERPRETED.value else shape.ahead
     threads, row_bytes = 32 * shape.warps, length // 2
     if ahead == 2 and (table is not None or source.widths[0] < row_bytes or row_bytes * shape.width % (16 * threads)):
@@ -278,7 +289,8 @@ def multiply_halves(
     partial = torch.empty(split, rows, outputs, dtype=torch.float32, device=device) if split > 1 else None
     constants = {key: value for key, value in source.constants.items() if key != "BLOCK"}
     _product[(columns, tiles, split)](
-        values, values.stride(0), units, table, *source.pointers, source.alpha, bias, out, partial,
+        values, values.stride(0), units, table, codes, scales, macro, residual_codes, residual_scales, source.alpha,
+        bias, out, partial,
         _finished(device) if split > 1 else None, rows, outputs, source.widths[0], blocks // unit, source.widths[2],
         LENGTH=length, SPLIT=split, BM=height, WIDTH=shape.width, SHARES=shape.shares, DEPTH=shape.depth,
         EVEN=blocks * BLOCK == length * split, AHEAD=ahead, THREADS=threads, UNIT=unit, STAGES=shape.stages,

@@ -175,6 +175,8 @@ def compile_kernel(kernel: Any, constants: dict[str, object], warps: int, arch: 
     signature = {name: (POINTERS | NUMBERS).get(name, "i32") for name in names}
     if kernel in (decode_halves._product, quant_halves._to_halves):
         signature["x" if kernel is decode_halves._product else "values"] = "*fp16"
+    if kernel is decode_halves._product:
+        signature |= {name: "*i32" for name in ("scales", "residual_scales") if name in signature}  # words of four
     for name in ("a_scale", "b_scale"):
         if name in signature:
             signature[name] = "*u8" if constants["GROUP"] == 32 else "*fp8e4nv"
