@@ -51,7 +51,7 @@ def _add_product(x, w, total):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _kernel(
+def _decode_values_kernel(
     x, x_stride, table, codes, scales, macro, residual_codes, residual_scales, alpha, out, rows, outputs, k,
     code_width, scale_width, macro_width,
     LENGTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -127,7 +127,7 @@ def _launch(
     # The interpreter casts to bfloat16 by cutting bits off.
     wide = parts > 1 or bias is not None or INTERPRETED.value
     out = torch.empty(parts, rows, outputs, dtype=torch.float32 if wide else x.dtype, device=device)
-    _kernel[(columns, tiles, parts)](
+    _decode_values_kernel[(columns, tiles, parts)](
         x, x.stride(0), table, *source.pointers, source.alpha, out, rows, outputs, k, *source.widths,
         LENGTH=length, BM=height, BN=WIDTH, DEPTH=DEPTH, **source.constants, num_warps=WARPS, num_stages=STAGES,
         enable_fp_fusion=False,

@@ -14,7 +14,7 @@ _ROWS, _COLS = 32, 256
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _kernel(
+def _dequantise_kernel(
     data, data_stride, scale, scale_row, scale_tile, out, rows, columns,
     SQUARE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +35,7 @@ def dequantise(matrix: Fp8Matrix, dtype: torch.dtype = torch.bfloat16) -> Tensor
     # The interpreter casts to bfloat16 by cutting bits off.
     out = torch.empty(rows, k, dtype=torch.float32 if INTERPRETED.value else dtype, device=matrix.data.device)
     if out.numel():
-        _kernel[(triton.cdiv(k, _COLS), triton.cdiv(rows, _ROWS))](
+        _dequantise_kernel[(triton.cdiv(k, _COLS), triton.cdiv(rows, _ROWS))](
             matrix.data, matrix.data.stride(0), matrix.scale, matrix.scale.stride(0),
             0 if matrix.form is Form.ROW else matrix.scale.stride(1), out, rows, k,
             SQUARE=matrix.form is Form.SQUARE, ROWS=_ROWS, COLS=_COLS, num_warps=4,

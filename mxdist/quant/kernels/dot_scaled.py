@@ -81,7 +81,7 @@ def _values(packed, scale, GROUP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["m"])
-def _kernel(
+def _dot_scaled_kernel(
     a, a_scale, a_factor, b, b_scale, b_factor, c, m, n, k,
     GROUP: tl.constexpr, FACTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +113,7 @@ def matmul(a: PackedMatrix, b: PackedMatrix, dtype: torch.dtype = torch.bfloat16
     out = torch.zeros(m, n, dtype=dtype, device=a.codes.device)
     if out.numel() and k:
         height, width, depth = BLOCK
-        _kernel[(triton.cdiv(m, height), triton.cdiv(n, width))](
+        _dot_scaled_kernel[(triton.cdiv(m, height), triton.cdiv(n, width))](
             a.codes, a.scales, a.factor, b.codes, b.scales, b.factor, out, m, n, k,
             GROUP=32 if a.factor is None else 16, FACTORS=a.factor is not None, BM=height, BN=width, BK=depth,
             num_warps=WARPS, num_stages=STAGES,

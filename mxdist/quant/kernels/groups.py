@@ -17,7 +17,9 @@ _TILES = 16
 
 
 @triton.jit
-def _kernel(counts, table, experts, tiles, HEIGHT: tl.constexpr, EXPERTS: tl.constexpr, TILES: tl.constexpr):
+def _table_of_groups_kernel(
+    counts, table, experts, tiles, HEIGHT: tl.constexpr, EXPERTS: tl.constexpr, TILES: tl.constexpr
+):
     e, tile = tl.arange(0, EXPERTS), tl.program_id(0) * TILES + tl.arange(0, TILES)
     count = tl.load(counts + e, mask=e < experts, other=0).to(tl.int32)
     own = (count + HEIGHT - 1) // HEIGHT
@@ -60,7 +62,7 @@ class Groups:
         table = torch.empty(tiles, 3, dtype=torch.int32, device=counts.device)
         if tiles:
             width = triton.next_power_of_2(experts)
-            _kernel[(triton.cdiv(tiles, _TILES),)](
+            _table_of_groups_kernel[(triton.cdiv(tiles, _TILES),)](
                 counts, table, experts, tiles, HEIGHT=height, EXPERTS=width, TILES=_TILES, num_warps=4
             )
         return cls(experts, height, table)

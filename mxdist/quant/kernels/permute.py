@@ -11,7 +11,7 @@ from mxdist.quant.kernels.segments import Segments
 
 
 @triton.jit
-def _kernel(filled, slots, out, columns, COLS: tl.constexpr):
+def _without_filling_kernel(filled, slots, out, columns, COLS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * COLS + tl.arange(0, COLS)
     slot = tl.load(slots + row).to(tl.int64)
@@ -24,5 +24,5 @@ def without_filling(filled: Tensor, segments: Segments) -> Tensor:
     out = torch.empty(rows, k, dtype=filled.dtype, device=filled.device)
     if out.numel():
         width = min(2048, triton.next_power_of_2(k))
-        _kernel[(rows, triton.cdiv(k, width))](filled, segments.slots, out, k, COLS=width)
+        _without_filling_kernel[(rows, triton.cdiv(k, width))](filled, segments.slots, out, k, COLS=width)
     return out

@@ -47,7 +47,7 @@ def _produce(x, x_stride, map, r, c, half, SOURCE: tl.constexpr):
 
 
 @triton.jit
-def _kernel(
+def _quantise_experts_kernel(
     x, x_stride, map, half, table, width, data, scale, data_t, scale_t, margin, flag, seed, stream, seed_t, stream_t,
     SOURCE: tl.constexpr, BY_COLUMN: tl.constexpr, SQUARES: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, CHECK: tl.constexpr,
@@ -88,11 +88,11 @@ def _kernel(
 
 
 @triton.jit
-def _pairs_kernel(
+def _quantise_expert_pairs_kernel(
     x_words, x_stride, map, table, words, data_halves, scale, data_t_words, scale_t, flag,
     PARTS: tl.constexpr, SQUARES: tl.constexpr, CHECK: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
-    """`_kernel` for tokens and rows as `quant_pairs` does them."""
+    """`_quantise_experts_kernel` for tokens and rows as `quant_pairs` does them."""
     tile, word = tl.program_id(1), tl.program_id(0) * 64
     first, tiles, fourth = tl.load(table + 5 * tile), tl.load(table + 5 * tile + 1), tl.load(table + 5 * tile + 2)
     row, start = 128 * (tile - first), 128 * first.to(tl.int64)
@@ -141,7 +141,7 @@ def quantise_experts(
     if not segments.rows:
         return by_row, by_column
     if by_column and column and source != SWIGLU and pairs_fit(x, row.options, column.options):
-        _pairs_kernel[(k // TILE, len(segments.table))](
+        _quantise_expert_pairs_kernel[(k // TILE, len(segments.table))](
             x.view(int32), x.stride(0) // 2, segments.source if source == TOKENS else None, segments.table, k // 2,
             by_row.data.view(int16), by_row.scale, by_column.data.view(int32), by_column.scale, flag.pointer,
             PARTS=PARTS, SQUARES=column_form is Form.SQUARE, CHECK=flag.checked, CARRY=row.options.carry,
@@ -152,7 +152,7 @@ def quantise_experts(
     height, width, warps = RANDOM_SHAPE if other.options.stochastic else SHAPE
     # Rows rounded by a rule that saturates may have units one binade below what the columns' rule asks for.
     margin = int(row.options.carry < other.options.carry)
-    _kernel[(k // TILE, len(segments.table))](
+    _quantise_experts_kernel[(k // TILE, len(segments.table))](
         x, x.stride(0), segments.source, k, segments.table, k,
         by_row.data, by_row.scale, by_column and by_column.data, by_column and by_column.scale, margin, flag.pointer,
         row.random.seed, row.random.stream, other.random.seed, other.random.stream,

@@ -23,7 +23,7 @@ SHAPE = (8, 512, 4)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _kernel(
+def _quantise_norm_kernel(
     x, stride, weight, epsilon, rows, columns, flag, data, data_stride, scale, scale_stride, inverse,
     seed, stream, draw_row, first_call, calls_per_row,
     ROWS: tl.constexpr, COLS: tl.constexpr, CARRY: tl.constexpr, SATURATE: tl.constexpr, MACRO_BITS: tl.constexpr,
@@ -77,7 +77,7 @@ def quantise_norm(
     if x.numel():
         flag, random = Flag(x.device, nonfinite), Random.of(draw, k, options.stochastic)
         height, width, warps = SHAPE
-        _kernel[(triton.cdiv(rows, height),)](
+        _quantise_norm_kernel[(triton.cdiv(rows, height),)](
             x, x.stride(0), weight, epsilon, rows, k, flag.pointer, out.data, out.data.stride(0),
             out.scale, out.scale.stride(1), inverse,
             random.seed, random.stream, random.row, random.first_call, random.calls_per_row,

@@ -193,7 +193,7 @@ def _join(xs):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _kernel(
+def _quantise_pairs_kernel(
     x_words, stride, rows, words, flag, data_halves, data_stride, scale, scale_stride, data_t_words, data_t_stride,
     scale_t, scale_t_stride,
     PARTS: tl.constexpr, SQUARES: tl.constexpr, CHECK: tl.constexpr, CARRY: tl.constexpr,
@@ -221,7 +221,7 @@ def launch_pairs(x: Tensor, by_row: Fp8Matrix, by_column: Fp8Matrix, options: Op
     """Quantise x [rows, K] into `by_row`, form TILE, and `by_column`, form TILE or SQUARE."""
     squares = by_column.form is Form.SQUARE
     rows, k = x.shape
-    _kernel[(triton.cdiv(k, 128), triton.cdiv(rows, 128))](
+    _quantise_pairs_kernel[(triton.cdiv(k, 128), triton.cdiv(rows, 128))](
         x.view(int32), x.stride(0) // 2, rows, k // 2, flag.pointer,
         by_row.data.view(int16), by_row.data.stride(0) // 2, by_row.scale, by_row.scale.stride(1),
         by_column.data.view(int32), by_column.data.stride(0) // 4, by_column.scale,

@@ -36,7 +36,7 @@ def _store(y, unit, g, rows, r, at, data, data_stride, scale, scale_stride, ROWS
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _kernel(
+def _quantise_residual_kernel(
     x, stride, rows, columns, flag, slots, alpha, data, data_stride, scale, scale_stride,
     seed, stream, draw_row, first_call, calls_per_row,
     ROWS: tl.constexpr, METHOD: tl.constexpr, BITS: tl.constexpr, CARRY: tl.constexpr, SATURATE: tl.constexpr,
@@ -96,7 +96,7 @@ def quantise_with_residual(
         return out
     flag, random = Flag(x.device, nonfinite), Random.of(draw, k, options.stochastic)
     height, warps = SHAPE
-    _kernel[(triton.cdiv(k, TILE), triton.cdiv(rows, height))](
+    _quantise_residual_kernel[(triton.cdiv(k, TILE), triton.cdiv(rows, height))](
         x, x.stride(0), rows, k, flag.pointer, None if tiles is None else _slots(tiles, k), options.alpha,
         out.data, out.data.stride(0), out.scale, out.scale.stride(1),
         random.seed, random.stream, random.row, random.first_call, random.calls_per_row,

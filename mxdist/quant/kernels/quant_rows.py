@@ -59,7 +59,7 @@ def _store_chunk(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _kernel(
+def _quantise_rows_kernel(
     x_pointer, stride, rows, columns, data, data_stride, scale, flag,
     seed, stream, draw_row, first_call, calls_per_row,
     ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr, HELD: tl.constexpr, CARRY: tl.constexpr,
@@ -137,7 +137,7 @@ def quantise_rows(
     flag = Flag(x.device, nonfinite)
     width, chunks, height, warps = launch_shape(k)
     random = Random.of(draw, k, options.stochastic)
-    _kernel[(triton.cdiv(rows, height),)](
+    _quantise_rows_kernel[(triton.cdiv(rows, height),)](
         x, x.stride(0), rows, k, out.data, out.data.stride(0), out.scale, flag.pointer,
         random.seed, random.stream, random.row, random.first_call, random.calls_per_row,
         ROWS=height, COLS=width, CHUNKS=chunks, HELD=k <= _HELD, CARRY=options.carry, SATURATE=options.saturate,

@@ -27,7 +27,7 @@ SHAPE = (32, 4)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _kernel(
+def _quantise_terms_kernel(
     x, stride, rows, columns, flag, threshold, listed, alpha,
     values, codes, code_width, scales, scale_width, macro, macro_width, residual_codes, residual_scales,
     seed, stream, draw_row, first_call, calls_per_row,
@@ -147,7 +147,7 @@ def _launch(
     flag, listed, parts = Flag(x.device, nonfinite), _listed(operand, frozen, k, x.device), parts or {}
     height, warps = SHAPE
     codes, scales, macro = parts.get("codes"), parts.get("scales"), parts.get("macro")
-    _kernel[(triton.cdiv(k, 128), triton.cdiv(rows, height))](
+    _quantise_terms_kernel[(triton.cdiv(k, 128), triton.cdiv(rows, height))](
         source, source.stride(0), rows, k, flag.pointer, frozen.threshold or 0.0, listed, options.alpha,
         values, codes, 0 if codes is None else codes.shape[-1], scales, 0 if scales is None else scales.shape[-1],
         macro, 0 if macro is None else macro.shape[-1], parts.get("residual_codes"), parts.get("residual_scales"),

@@ -28,7 +28,7 @@ _SQUARES = (128, 128, 8)
 
 # Rows are no compile-time constant, not even 1: token counts change from step to step.
 @triton.jit(do_not_specialize=["rows"])
-def _kernel(
+def _quantise_tiles_kernel(
     x_pointer, stride, rows, columns, flag, data, data_stride, scale, scale_stride,
     seed, stream, draw_row, first_call, calls_per_row,
     ROWS: tl.constexpr, COLS: tl.constexpr, BY_COLUMN: tl.constexpr, ONE_SCALE: tl.constexpr, CARRY: tl.constexpr,
@@ -107,7 +107,7 @@ def _launch(x: Tensor, out: Fp8Matrix, options: Options, random: Random, flag: F
         height, width, warps = _SQUARES if out.form is Form.SQUARE else _COLUMNS_ONLY
         if options.stochastic and out.form is Form.TILE:
             width = 32  # random bits need registers
-    _kernel[(triton.cdiv(k, width), triton.cdiv(rows, height))](
+    _quantise_tiles_kernel[(triton.cdiv(k, width), triton.cdiv(rows, height))](
         x, x.stride(0), rows, k, flag.pointer,
         out.data, out.data.stride(0), out.scale, out.scale.stride(0 if out.form is Form.SQUARE else 1),
         random.seed, random.stream, random.row, random.first_call, random.calls_per_row,

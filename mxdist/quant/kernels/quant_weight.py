@@ -56,7 +56,7 @@ class Fp8Weight:
 
 
 @triton.jit
-def _kernel(
+def _quantise_weight_kernel(
     w, stride, rows, columns, flag, reference, data, data_stride, scale, scale_stride,
     data_t, data_t_stride, scale_t, scale_t_stride, each, data_t_each, scale_t_each,
     SQUARE: tl.constexpr, WHOLE: tl.constexpr, FOLDED: tl.constexpr, CARRY: tl.constexpr, SATURATE: tl.constexpr,
@@ -193,7 +193,7 @@ def _launch(
         weight = weight.contiguous()
     (n, k), forward, transposed = weight.shape, out.forward, out.transposed
     flag = Flag(weight.device, nonfinite)
-    _kernel[(triton.cdiv(k, TILE), triton.cdiv(n, TILE))](
+    _quantise_weight_kernel[(triton.cdiv(k, TILE), triton.cdiv(n, TILE))](
         weight, weight.stride(0), n, k, flag.pointer, unit,
         forward.data, forward.data.stride(0), forward.scale, forward.scale.stride(0),
         transposed.data, transposed.data.stride(-2), transposed.scale, transposed.scale.stride(-2),

@@ -40,7 +40,7 @@ def swiglu_gradients(gradient, gate, up):
 
 
 @triton.jit
-def _forward_kernel(h, out, half, COLS: tl.constexpr):
+def _swiglu_kernel(h, out, half, COLS: tl.constexpr):
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = c < half
     at = h + row * 2 * half + c
@@ -49,7 +49,7 @@ def _forward_kernel(h, out, half, COLS: tl.constexpr):
 
 
 @triton.jit
-def _backward_kernel(gradient, h, out, half, COLS: tl.constexpr):
+def _swiglu_backward_kernel(gradient, h, out, half, COLS: tl.constexpr):
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = c < half
     at = h + row * 2 * half + c
@@ -68,7 +68,7 @@ def swiglu_backward(gradient: Tensor, h: Tensor) -> Tensor:
     out = torch.empty_like(h)
     rows, k = gradient.shape
     if rows:
-        _backward_kernel[(rows, triton.cdiv(k, _COLS))](gradient, h, out, k, COLS=_COLS)
+        _swiglu_backward_kernel[(rows, triton.cdiv(k, _COLS))](gradient, h, out, k, COLS=_COLS)
     return out
 
 
@@ -80,7 +80,7 @@ class Swiglu(torch.autograd.Function):
         rows, k = h.shape[0], h.shape[1] // 2
         out = torch.empty(rows, k, dtype=h.dtype, device=h.device)
         if rows:
-            _forward_kernel[(rows, triton.cdiv(k, _COLS))](h, out, k, COLS=_COLS)
+            _swiglu_kernel[(rows, triton.cdiv(k, _COLS))](h, out, k, COLS=_COLS)
         ctx.save_for_backward(h)
         return out
 

@@ -18,7 +18,7 @@ _ROWS, _WARPS = 64, 4
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _kernel(
+def _unpack_kernel(
     codes, code_width, scales, scale_width, macro, macro_width, rows, data, data_stride, scale, scale_stride,
     METHOD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def unpack(mx: MXTensor, nonfinite: NonFinite = "error") -> Fp8Matrix:
     rows = codes.shape[0]
     out = empty_tiles(rows, k, Form.TILE, codes.device, operand.hadamard != "none")
     if out.data.numel():
-        _kernel[(triton.cdiv(k, TILE), triton.cdiv(rows, _ROWS))](
+        _unpack_kernel[(triton.cdiv(k, TILE), triton.cdiv(rows, _ROWS))](
             codes, codes.shape[1], scales, scales.shape[1], macro, 0 if macro is None else macro.shape[1], rows,
             out.data, out.data.stride(0), out.scale, out.scale.stride(1),
             METHOD=METHODS[operand.macro.method] if operand.macro else 0, ROWS=_ROWS, num_warps=_WARPS,

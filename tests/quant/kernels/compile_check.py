@@ -63,37 +63,57 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     plain = {"CARRY": CEIL, "SATURATE": False, "CHECK": False}
     tiles = plain | {"MACRO_BITS": 0, "RANDOM": False, "HADAMARD": False, "ONE_SCALE": False, "BY_COLUMN": False}
     by_row = tiles | dict(zip(("ROWS", "COLS"), quant_tiles._ROWS_ONLY[:2], strict=True))
-    yield "tiles by row", quant_tiles._kernel, by_row, quant_tiles._ROWS_ONLY[2]
-    yield "tiles by row, macro factors", quant_tiles._kernel, by_row | {"MACRO_BITS": 8}, quant_tiles._ROWS_ONLY[2]
+    yield "tiles by row", quant_tiles._quantise_tiles_kernel, by_row, quant_tiles._ROWS_ONLY[2]
+    yield (
+        "tiles by row, macro factors",
+        quant_tiles._quantise_tiles_kernel,
+        by_row | {"MACRO_BITS": 8},
+        quant_tiles._ROWS_ONLY[2],
+    )
     by_column = tiles | {"BY_COLUMN": True} | dict(zip(("ROWS", "COLS"), quant_tiles._COLUMNS_ONLY[:2], strict=True))
-    yield "tiles by column", quant_tiles._kernel, by_column, quant_tiles._COLUMNS_ONLY[2]
+    yield "tiles by column", quant_tiles._quantise_tiles_kernel, by_column, quant_tiles._COLUMNS_ONLY[2]
     random = {"RANDOM": True, "HADAMARD": True}
-    yield "tiles by column, rotated", quant_tiles._kernel, by_column | random | {"COLS": 32}, 4
+    yield "tiles by column, rotated", quant_tiles._quantise_tiles_kernel, by_column | random | {"COLS": 32}, 4
     squares = tiles | {"BY_COLUMN": True, "ONE_SCALE": True}
     squares |= dict(zip(("ROWS", "COLS"), quant_tiles._SQUARES[:2], strict=True))
-    yield "squares by column", quant_tiles._kernel, squares, quant_tiles._SQUARES[2]
+    yield "squares by column", quant_tiles._quantise_tiles_kernel, squares, quant_tiles._SQUARES[2]
     for k in (768, 2048, 11008, 22016):
         width, chunks, height, warps = quant_rows.launch_shape(k)
         rows = plain | {"ROWS": height, "COLS": width, "CHUNKS": chunks, "HELD": True, "RANDOM": False}
-        yield f"rows of {k}", quant_rows._kernel, rows, warps
+        yield f"rows of {k}", quant_rows._quantise_rows_kernel, rows, warps
     both = {f"{key}_T": value for key, value in plain.items() if key != "CHECK"} | plain | {"SQUARES": True}
     both |= {"MACRO_BITS": 0, "RANDOM": False, "RANDOM_T": False}
     both |= dict(zip(("ROWS", "COLS"), quant_both.SHAPE[:2], strict=True))
-    yield "both", quant_both._kernel, both | {"MACRO_BITS_T": 0}, quant_both.SHAPE[2]
+    yield "both", quant_both._quantise_both_kernel, both | {"MACRO_BITS_T": 0}, quant_both.SHAPE[2]
     for squares in (True, False):
         pairs = {"PARTS": quant_pairs.PARTS, "SQUARES": squares, "CHECK": True, "CARRY": CEIL}
-        yield f"both in pairs, squares: {squares}", quant_pairs._kernel, pairs, quant_pairs.WARPS
+        yield f"both in pairs, squares: {squares}", quant_pairs._quantise_pairs_kernel, pairs, quant_pairs.WARPS
     pairs |= {"SQUARES": True}
-    yield "experts in pairs, tokens", quant_experts._pairs_kernel, pairs, quant_pairs.WARPS
-    yield "experts in pairs, rows", quant_experts._pairs_kernel, pairs | {"map": None}, quant_pairs.WARPS
+    yield "experts in pairs, tokens", quant_experts._quantise_expert_pairs_kernel, pairs, quant_pairs.WARPS
+    yield (
+        "experts in pairs, rows",
+        quant_experts._quantise_expert_pairs_kernel,
+        pairs | {"map": None},
+        quant_pairs.WARPS,
+    )
     experts = both | {"BY_COLUMN": True, "HADAMARD_T": False}
     for name, source in (("tokens", quant_experts.TOKENS), ("swiglu", quant_experts.SWIGLU)):
-        yield f"experts, {name}", quant_experts._kernel, experts | {"SOURCE": source}, quant_both.SHAPE[2]
+        yield (
+            f"experts, {name}",
+            quant_experts._quantise_experts_kernel,
+            experts | {"SOURCE": source},
+            quant_both.SHAPE[2],
+        )
     yield "swiglu", swiglu._forward_kernel, {"COLS": 1024}, 4
     yield "swiglu, backward", swiglu._backward_kernel, {"COLS": 1024}, 4
-    yield "without filling", permute._kernel, {"COLS": 2048}, 4
-    yield "weight", quant_weight._kernel, plain | {"SQUARE": False, "WHOLE": False, "FOLDED": False}, 8
-    yield "weight, folded", quant_weight._kernel, plain | {"SQUARE": False, "WHOLE": False, "FOLDED": True}, 8
+    yield "without filling", permute._without_filling_kernel, {"COLS": 2048}, 4
+    yield "weight", quant_weight._quantise_weight_kernel, plain | {"SQUARE": False, "WHOLE": False, "FOLDED": False}, 8
+    yield (
+        "weight, folded",
+        quant_weight._quantise_weight_kernel,
+        plain | {"SQUARE": False, "WHOLE": False, "FOLDED": True},
+        8,
+    )
     rows, warps = quant_terms.SHAPE
     one = plain | {"ROWS": rows, "RANDOM": False, "THRESHOLD": False, "LISTED": False, "BITS": 8}
     one |= {"METHOD": terms.STATIC.value, "PACK": False, "FALLBACK": True}
@@ -106,17 +126,17 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
         ("packed, plain", {"PACK": True, "METHOD": 0, "FALLBACK": False}),
         ("packed, searched and fallback", searched | {"PACK": True}),
     ):
-        yield name, quant_terms._kernel, one | changed, warps
+        yield name, quant_terms._quantise_terms_kernel, one | changed, warps
     rows, columns, warps = quant_norm.SHAPE
     normed = plain | {"ROWS": rows, "COLS": columns, "RANDOM": False}
-    yield "norm", quant_norm._kernel, normed | {"MACRO_BITS": 0}, warps
-    yield "norm, macro factors", quant_norm._kernel, normed | {"MACRO_BITS": 8}, warps
-    yield "unpacked", unpack._kernel, {"METHOD": terms.STATIC.value, "ROWS": 64}, 4
+    yield "norm", quant_norm._quantise_norm_kernel, normed | {"MACRO_BITS": 0}, warps
+    yield "norm, macro factors", quant_norm._quantise_norm_kernel, normed | {"MACRO_BITS": 8}, warps
+    yield "unpacked", unpack._unpack_kernel, {"METHOD": terms.STATIC.value, "ROWS": 64}, 4
     rows, warps = quant_residual.SHAPE
     one = plain | {"ROWS": rows, "RANDOM": False, "LISTED": True, "BITS": 8, "METHOD": terms.STATIC.value}
-    yield "listed tiles", quant_residual._kernel, one, warps
-    yield "listed tiles, stochastic", quant_residual._kernel, one | {"RANDOM": True}, warps
-    yield "tiles by row, searched", quant_residual._kernel, one | searched | {"LISTED": False}, warps
+    yield "listed tiles", quant_residual._quantise_residual_kernel, one, warps
+    yield "listed tiles, stochastic", quant_residual._quantise_residual_kernel, one | {"RANDOM": True}, warps
+    yield "tiles by row, searched", quant_residual._quantise_residual_kernel, one | searched | {"LISTED": False}, warps
     yield from packed_cases()
     sums = {"BITS": 32, "UP": 16, "ROWS": True, "PIECE": checksum.PIECE, "BLOCK": checksum.BLOCK}
     yield "checksums of bfloat16", checksum._kernel, sums, checksum.WARPS
@@ -127,11 +147,11 @@ def packed_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     plain = {"BLOCK": 32, "METHOD": 0, "MACRO": 128, "FALLBACK": False}
     both = plain | {"METHOD": terms.SEARCHED.value, "FALLBACK": True}
     shape = {"BN": decode.WIDTH, "DEPTH": decode.DEPTH, "LENGTH": 2048, "table": None}
-    yield "decode, 16 rows", decode._kernel, plain | shape | {"BM": 16}, decode.WARPS
+    yield "decode, 16 rows", decode._decode_values_kernel, plain | shape | {"BM": 16}, decode.WARPS
     for name, constants in (("plain", plain), ("macro and fallback", both)):
-        yield f"decode, 64 rows, {name}", decode._kernel, constants | shape | {"BM": 64}, decode.WARPS
+        yield f"decode, 64 rows, {name}", decode._decode_values_kernel, constants | shape | {"BM": 64}, decode.WARPS
     yield from halves_cases()
-    yield "tiles of experts", groups._kernel, {"HEIGHT": 16, "EXPERTS": 128, "TILES": groups._TILES}, 4
+    yield "tiles of experts", groups._table_of_groups_kernel, {"HEIGHT": 16, "EXPERTS": 128, "TILES": groups._TILES}, 4
     yield "expand", packed._expand_kernel, both | {"ROWS": packed._ROWS, "DEPTH": packed._DEPTH}, packed._WARPS
 
 
@@ -166,7 +186,7 @@ def blackwell_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     """As `cases`, for sm_100a."""
     shape = dict(zip(("BM", "BN", "BK"), dot_scaled.BLOCK, strict=True))
     for name, group in (("mxfp4", 32), ("nvfp4", 16)):
-        yield name, dot_scaled._kernel, shape | {"GROUP": group, "FACTORS": group == 16}, dot_scaled.WARPS
+        yield name, dot_scaled._dot_scaled_kernel, shape | {"GROUP": group, "FACTORS": group == 16}, dot_scaled.WARPS
 
 
 def compile_kernel(kernel: Any, constants: dict[str, object], warps: int, arch: int) -> dict[str, Any]:
@@ -191,7 +211,7 @@ def compile_kernel(kernel: Any, constants: dict[str, object], warps: int, arch: 
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
     fused = "METHOD" not in constants or kernel is decode_halves._product
     options = {"num_warps": warps, "enable_fp_fusion": fused}  # as launched
-    if kernel is decode._kernel:
+    if kernel is decode._decode_values_kernel:
         options["num_stages"] = decode.STAGES
     if kernel is decode_halves._product:
         options["num_stages"] = _halves_shape(constants).stages
