@@ -148,9 +148,8 @@ def _product(
     x, x_stride, units, table, codes, scales, macro, residual_codes, residual_scales, alpha, bias, out, partial,
     finished, rows, outputs, code_width, scale_units, macro_width,
     LENGTH: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, SHARES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    EVEN: tl.constexpr, METHOD: tl.constexpr, MACRO: tl.constexpr, FALLBACK: tl.constexpr, AHEAD: tl.constexpr,
-    THREADS: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
+    DEPTH: tl.constexpr, EVEN: tl.constexpr, METHOD: tl.constexpr, MACRO: tl.constexpr, FALLBACK: tl.constexpr,
+    AHEAD: tl.constexpr, THREADS: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = DEPTH // 32
     SHARE: tl.constexpr = WIDTH // SHARES
@@ -252,13 +251,13 @@ def shape_of(height: int, outputs: int, k: int, tiles: int, multiprocessors: int
     """
     few = triton.cdiv(outputs, 64) * tiles < multiprocessors // 2
     if height <= 16 and few and k <= 4096:  # narrow programs come before splitting, whose end takes microseconds
-        return Shape(16, 512, 4, 1, stages=4, split=1)
+        return Shape(16, 512, 4, 1, stages=4, split=1, ahead=1)
     # With more rows there are more sums for the same registers.
     narrow = height > 32 or (height > 16 and (residual or few))
     width, depth, shares = (32, 128, 2) if narrow else (64, 128, 4) if height > 16 else (64, 256, 4)
     programs = triton.cdiv(outputs, width) * tiles
     split = max(1, min(2 * multiprocessors // programs, triton.cdiv(k, 512)))
-    return Shape(width, depth, 4, shares, stages=4, split=split)
+    return Shape(width, depth, 4, shares, stages=4, split=split, ahead=1)
 
 
 def multiply_halves(
