@@ -104,8 +104,8 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
             experts | {"SOURCE": source},
             quant_both.SHAPE[2],
         )
-    yield "swiglu", swiglu._forward_kernel, {"COLS": 1024}, 4
-    yield "swiglu, backward", swiglu._backward_kernel, {"COLS": 1024}, 4
+    yield "swiglu", swiglu._swiglu_kernel, {"COLS": 1024}, 4
+    yield "swiglu, backward", swiglu._swiglu_backward_kernel, {"COLS": 1024}, 4
     yield "without filling", permute._without_filling_kernel, {"COLS": 2048}, 4
     yield "weight", quant_weight._quantise_weight_kernel, plain | {"SQUARE": False, "WHOLE": False, "FOLDED": False}, 8
     yield (
