@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from torch import Tensor
 
+from mxdist.model.token_dispatcher import MxTokenDispatcher
 from mxdist.quant.backend import dequantise, quantise
 from mxdist.quant.recipe import Operand, Recipe
 from mxdist.quant.tensor import MXTensor, part_shapes
@@ -20,6 +22,13 @@ from mxdist.quant.tensor import MXTensor, part_shapes
 
 class MxMoELayer(MoELayer):
     """Its experts are ``MxExperts``."""
+
+    def __init__(self, *args: Any, pg_collection: Any = None, **settings: Any) -> None:
+        pg_collection = pg_collection or get_default_pg_collection()
+        super().__init__(*args, pg_collection=pg_collection, **settings)
+        self.token_dispatcher = MxTokenDispatcher(
+            self.num_local_experts, self.local_expert_indices, config=self.config, pg_collection=pg_collection
+        )
 
     def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Send rows [rows, hidden], a copy of a token for each of its experts, to the ranks of those experts."""
