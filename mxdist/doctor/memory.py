@@ -8,6 +8,8 @@ Formulas, for n numbers in a dtype of d bytes, of which q are quantised into p p
                                                     divided over the ranks that hold the same numbers
     quantised weights  q d + p                      what GEMMs read, and the packed form: values, or on a GPU with FP8
                                                     the bytes of W and of W^T, which are at most as many in bfloat16
+    weights on their way   what a rank sends in a sync, on a GPU; rollout.max_lag + 1 versions where engines read them
+                           there
 
 With DeepSpeed (``_zero_state``) the optimizer always has a float32 copy of the weights, 12 n / ranks; ZeRO stages 2 and
 3 divide the gradients, 3 also the weights, of which it gathers up to ``LIVE`` numbers, and keeps p alone.
@@ -79,10 +81,22 @@ def _learner_stage(config: Config, stage: int, on_gpu: bool) -> ProcessMemory:
         "logits, or a layer": passing,
         # Done when no activations are held, so only what goes beyond them counts.
         "requantising": max(0, _requantising(numbers, element, on_gpu) - activations - passing),
+        "weights on their way": _buckets(config, numbers) if on_gpu else 0,
         "work space": (CUDA_CONTEXT if on_gpu else CPU_SCRATCH if numbers.quantised else 0),
     }
     name = "learner rank" if learner.pipeline_parallel == 1 else f"learner rank, stage {stage}"
     return ProcessMemory(name, ranks, items)
+
+
+def _buckets(config: Config, numbers: Numbers) -> int:
+    """What a sync's buckets take on the GPU of the rank that sends the most: one that others leave it to."""
+    versions = 1 if config.sync.transport == "host" else config.rollout.max_lag + 1
+    held = (numbers.total - numbers.quantised) * element_bytes(config) + numbers.packed_bytes
+    if config.learner.backend == "deepspeed":  # ranks take turns
+        return versions * held // config.learner.ranks
+    # The first of tensor-parallel ranks has the matrices of all of them, and its own experts.
+    shared = numbers.shared * config.learner.tensor_parallel
+    return versions * held * (shared + numbers.expert) // max(1, numbers.total)
 
 
 def _zero_state(config: Config, numbers: Numbers, on_gpu: bool) -> dict[str, int]:
