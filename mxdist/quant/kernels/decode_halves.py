@@ -245,7 +245,7 @@ class Shape:
 
 
 def shape_of(height: int, outputs: int, k: int, tiles: int, multiprocessors: int, residual: int = 0) -> Shape:
-    """The shape for tiles of `height` rows: enough programs for every multiprocessor to hold two.
+    """The shape for tiles of `height` rows: the fastest of `tools.bench.decode_shapes`, or close to it, on an H200.
 
     residual  weights have a second term
     """
@@ -253,11 +253,12 @@ def shape_of(height: int, outputs: int, k: int, tiles: int, multiprocessors: int
     if height <= 16 and few and k <= 4096:  # narrow programs come before splitting, whose end takes microseconds
         return Shape(16, 512, 4, 1, stages=4, split=1, ahead=1)
     # With more rows there are more sums for the same registers.
-    narrow = height > 32 or (height > 16 and (residual or few))
+    narrow = height > 32 or (height > 16 and residual)
     width, depth, shares = (32, 128, 2) if narrow else (64, 128, 4) if height > 16 else (64, 256, 4)
     programs = triton.cdiv(outputs, width) * tiles
-    split = max(1, min(2 * multiprocessors // programs, triton.cdiv(k, 512)))
-    return Shape(width, depth, 4, shares, stages=4, split=split, ahead=1)
+    split = max(1, min(multiprocessors // programs, triton.cdiv(k, 512)))
+    # Programs that wait take the place of those whose sums others wait for.
+    return Shape(width, depth, 4, shares, stages=4, split=split, ahead=int(split == 1))
 
 
 def multiply_halves(
