@@ -22,7 +22,9 @@ def figure(report: dict[str, Any]) -> go.Figure:
     tables = list(dict.fromkeys(row["table"] for row in report["rows"]))
     by_table = {table: [row for row in report["rows"] if row["table"] == table][::-1] for table in tables}
     sizes = [len(rows) for rows in by_table.values()]
+    there = [any(row[key] is not None for row in rows) for rows in by_table.values() for key, _ in FIGURES]
     titles = [f"{table}: {text}" for table in tables for _, text in FIGURES]
+    titles = [title if has else "" for title, has in zip(titles, there, strict=True)]
     plots = make_subplots(
         len(tables), len(FIGURES), row_heights=sizes, shared_yaxes=True, subplot_titles=titles,
         vertical_spacing=40 / (22 * sum(sizes)), horizontal_spacing=0.02,
@@ -30,6 +32,10 @@ def figure(report: dict[str, Any]) -> go.Figure:
     for at, rows in enumerate(by_table.values(), start=1):
         colours = [{True: GOOD, False: WRONG}.get(row["correct"], UNCHECKED) for row in rows]
         for column, (key, _) in enumerate(FIGURES, start=1):
+            if all(row[key] is None for row in rows):  # nothing to compare with
+                plots.update_xaxes(visible=False, row=at, col=column)
+                plots.update_yaxes(visible=False, row=at, col=column)
+                continue
             bars = go.Bar(x=[row[key] for row in rows], y=[row["name"] for row in rows], orientation="h")
             plots.add_trace(bars.update(marker={"color": colours}), row=at, col=column)
             plots.add_vline(1.0, line={"dash": "dot", "width": 1}, row=at, col=column)
