@@ -68,16 +68,24 @@ def main() -> None:
     if arguments.only:
         arguments.out.write_text(json.dumps(measure(arguments, arguments.only)))
         return
-    engines = {recipe: _in_a_process(recipe) for recipe in arguments.recipes}
-    against = engines[arguments.recipes[0]]
-    for recipe, engine in engines.items():
-        size = engine["linear_bytes"] / 2**30
-        print(f"{recipe}: {size:.2f} GiB of linears, {against['linear_bytes'] / engine['linear_bytes']:.2f}x smaller")
-        for batch, found in engine["batches"].items():
-            ratio = found["tokens_per_s"] / against["batches"][batch]["tokens_per_s"]
-            forward = f", forward {found['forward_ms']:.3f} ms" if "forward_ms" in found else ""
-            speed = f"{found['tokens_per_s']:9.1f} tokens/s {ratio:6.2f}x"
-            print(f"  batch {batch:>3} {speed}, step {found['step_ms']:.3f} ms{forward}")
+    engines: dict[str, dict[str, Any]] = {}
+    for recipe in arguments.recipes:
+        engines[recipe] = _in_a_process(recipe)
+        _print(recipe, engines[recipe], engines[arguments.recipes[0]])
+        _write(arguments, engines)  # after every engine, should a later one fail
+
+
+def _print(recipe: str, engine: dict[str, Any], against: dict[str, Any]) -> None:
+    size = engine["linear_bytes"] / 2**30
+    print(f"{recipe}: {size:.2f} GiB of linears, {against['linear_bytes'] / engine['linear_bytes']:.2f}x smaller")
+    for batch, found in engine["batches"].items():
+        ratio = found["tokens_per_s"] / against["batches"][batch]["tokens_per_s"]
+        forward = f", forward {found['forward_ms']:.3f} ms" if "forward_ms" in found else ""
+        speed = f"{found['tokens_per_s']:9.1f} tokens/s {ratio:6.2f}x"
+        print(f"  batch {batch:>3} {speed}, step {found['step_ms']:.3f} ms{forward}", flush=True)
+
+
+def _write(arguments: argparse.Namespace, engines: dict[str, dict[str, Any]]) -> None:
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python -m tools.bench.engine " + " ".join(sys.argv[1:]),
