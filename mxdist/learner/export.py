@@ -5,7 +5,7 @@ on both sides is copied together. Tensors that ranks divide are gathered one by 
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Generic, TypeVar
@@ -35,7 +35,6 @@ class _Plan:
     manifest: Manifest
     places: dict[str, TensorPlace]
     first_sums: dict[str, int]  # by tensor, the place of its first checksum
-    gathers: bool  # whether ranks put tensors together, in which all take part
     packed: "_From[QuantisedWeight]"
     plain: "_From[nn.Parameter]"
 
@@ -55,14 +54,21 @@ class Exporter:
     Args:
         owned: the tensors that this rank sends, or helps to put together; the same ones every time. Collective where
             ranks divide what each computes with.
+        held: all that this rank has a part of. By these every rank decides alike whether ``owned`` is walked: one that
+            sends nothing divided itself helps the others.
         tensor_parallel: the ranks that divide matrices, of which the first sends them whole.
         outgoing: holds the buckets.
     """
 
     def __init__(
-        self, owned: Callable[[], Iterable[HfTensor]], tensor_parallel: ProcessGroup | None, outgoing: Outgoing
+        self,
+        owned: Callable[[], Iterable[HfTensor]],
+        held: Sequence[HfTensor],
+        tensor_parallel: ProcessGroup | None,
+        outgoing: Outgoing,
     ) -> None:
         self._owned, self._group, self._outgoing = owned, tensor_parallel, outgoing
+        self._gathers = not all(_is_whole(tensor) for tensor in held)
         self._plan: _Plan | None = None
 
     @torch.no_grad()
@@ -76,7 +82,7 @@ class Exporter:
         plan.packed.copies.run(buckets, [getattr(packed[number], part) for number, part in plan.packed.sources])
         plan.plain.copies.run(buckets, [plan.plain.bases[number] for number, _ in plan.plain.sources])
         values = np.zeros(len(plan.manifest.checked), dtype=np.uint64)
-        if plan.gathers or self._sends_values:
+        if self._gathers or self._sends_values:
             self._gather(plan, buckets, values)
         return self._outgoing.finish(recipes.to_dict(), version, values)
 
@@ -89,9 +95,8 @@ class Exporter:
         return self._outgoing.device.type == "cpu"
 
     def _make_plan(self) -> _Plan:
-        mine, gathers = [], False
+        mine = []
         for tensor in self._owned():
-            gathers |= not _is_whole(tensor)
             is_first = self._group is None or self._group.rank() == 0
             if is_first or (tensor.is_expert and tensor.division.count == 1):
                 mine.append(tensor)
@@ -103,7 +108,7 @@ class Exporter:
         whole = [(tensor, place) for tensor, place in zip(mine, manifest.tensors, strict=True) if _is_whole(tensor)]
         packed = _copies(manifest, [(t.module, t.rows, place) for t, place in whole if t.module is not None], False)
         plain = _copies(manifest, [(t.parameter, t.rows, place) for t, place in whole if t.module is None], True)
-        return _Plan(manifest, places, first_sums, gathers, packed, plain)
+        return _Plan(manifest, places, first_sums, packed, plain)
 
     def _outline(self, tensor: HfTensor) -> Outline:
         shape = tensor.whole_shape

@@ -43,7 +43,7 @@ class MegatronBackend(Backend):
         self.policy: MegatronPolicy = MegatronPolicy(model, config.optimizer, draws)
         self._saver = checkpoint.Saver(self.policy, shape)
         outgoing = Outgoing(next(model.parameters()).device, f"learner rank {rank}", config.rollout.max_lag + 1)
-        self._exporter = Exporter(self.owned, self.policy.tensor_parallel, outgoing)
+        self._exporter = Exporter(self.owned, self.tensors, self.policy.tensor_parallel, outgoing)
 
     def owned(self) -> Iterator[HfTensor]:
         """Each slice belongs to the first of the data-parallel ranks that hold it; tensor-parallel ranks have one

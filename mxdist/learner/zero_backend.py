@@ -52,7 +52,7 @@ class ZeroBackend(Backend):
         self.policy: ZeroPolicy = ZeroPolicy(model, config, draws)
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         outgoing = Outgoing(device, f"learner rank {rank}", config.rollout.max_lag + 1)
-        self._exporter = Exporter(self.owned, None, outgoing)
+        self._exporter = Exporter(self.owned, self.tensors, None, outgoing)
 
     def owned(self) -> Iterator[HfTensor]:
         for tensor in self.tensors:

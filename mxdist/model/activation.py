@@ -16,6 +16,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
         from mxdist.quant.kernels.swiglu import Swiglu
 
         rows = gate_up.reshape(-1, gate_up.shape[-1])
-        return Swiglu.apply(rows).view(*gate_up.shape[:-1], -1)
+        return Swiglu.apply(rows).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)  # also of no rows
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -111,9 +111,9 @@ class QuantisedWeight:
         return self._quantised
 
     def packed(self) -> MXTensor:
-        """What ``quantised`` returns, without looking at the master weight: there may be thousands of them."""
-        if self._quantised is None:
-            raise RuntimeError(f"{self} has no quantised weight: call requantise(model) first")
+        """What ``quantised`` returns, without looking at the master weight's bits: there may be thousands of them."""
+        self._raise_if_stale()
+        assert self._quantised is not None
         return self._quantised
 
     def _identity(self) -> tuple[int, int]:

@@ -104,9 +104,8 @@ class Engine:
     @contextmanager
     def perturbed(self, noise: Noise) -> Iterator[Applied]:
         """With noise on the norms of every process, and without keys and values of other norms."""
-        applied = set(self.each("perturb", noise))
         try:
-            [same] = applied  # each draws it from the seed
+            [same] = set(self.each("perturb", noise))  # each draws it from the seed
             if same.norms:
                 self.forget_prefixes()
             try:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mxdist.errors import ParityError
-from mxdist.messages import Bucket, BucketKind, Manifest, SharedBuckets, TensorPlace, WeightPayload
+from mxdist.messages import BucketKind, Manifest, SharedBuckets, TensorPlace, WeightPayload
 from mxdist.model.recipes import ModelRecipes
 from mxdist.quant.checksum import Spans, checksums
 from mxdist.rollout.live_weight import LiveWeight
@@ -304,10 +304,6 @@ def _check_place(slot: Slot, tensor: TensorPlace, manifest: Manifest) -> None:
             raise ParityError(f"{name}, part {part}, was sent without a checksum")
         if place.offset < 0 or place.offset + prod(shape) * sent.itemsize > bucket.nbytes:
             raise ParityError(f"{name}, part {part}, lies outside bucket {place.bucket} of {bucket.nbytes} bytes")
-
-
-def _bucket_plan(bucket: Bucket, parts: list[_Part]) -> _BucketPlan:
-    return _BucketPlan(bucket.kind, parts, _merged(parts), [part for part in parts if not part.is_plain])
 
 
 def _merged(parts: Sequence[_Part]) -> list[_Copy]:

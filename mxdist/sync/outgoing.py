@@ -115,27 +115,29 @@ class Copies:
     Args:
         pieces: int64 [pieces, 5]: number of the tensor among those that a run is given, bytes from its first, bytes to
             copy, bucket, bytes from the bucket's first.
-        lasting: whether the tensors live as long as this does, so that what was found out of them may be kept.
+        lasting: whether the tensors live as long as this does, so that what was found out of them may be kept, for
+            buckets that do so too: those on a GPU.
     """
 
     def __init__(self, pieces: np.ndarray, lasting: bool) -> None:
         order = np.lexsort((pieces[:, 4], pieces[:, 3]))
         self._sources, self._starts, self._sizes, self._buckets, self._offsets = pieces[order].T
         self._lasting = lasting
-        self._kept: dict[int, tuple[np.ndarray, Pairs]] = {}  # by address of the first bucket
+        self._kept: dict[tuple[int, ...], tuple[np.ndarray, Pairs]] = {}  # by addresses of the buckets
 
     def run(self, buckets: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
         """Copy. ``tensors`` must be contiguous."""
         if not len(self._sources):
             return
         addresses = np.fromiter((tensor.data_ptr() for tensor in tensors), np.int64, len(tensors))
-        known = self._kept.get(buckets[0].data_ptr())
+        place = tuple(bucket.data_ptr() for bucket in buckets)
+        known = self._kept.get(place)
         if known is not None and np.array_equal(known[0], addresses):
             pairs = known[1]
         else:
             pairs = self._pairs(buckets, tensors, addresses[self._sources] + self._starts)
-            if self._lasting:
-                self._kept[buckets[0].data_ptr()] = addresses, pairs
+            if self._lasting and buckets[0].device.type != "cpu":
+                self._kept[place] = addresses, pairs
         for targets, sources in pairs.values():
             if targets:
                 torch._foreach_copy_(targets, sources)

@@ -31,6 +31,21 @@ def test_tensors_that_have_moved_since_are_read_where_they_are() -> None:
         assert torch.equal(bucket, source)
 
 
+def test_every_export_fills_its_own_buckets_and_keeps_none_of_those_before() -> None:
+    copies = Copies(pieces((0, 0, 4096, 1, 0)), lasting=True)
+    source = torch.zeros(4096, dtype=torch.uint8)
+    held = []
+    for value in range(1, 12):
+        source.fill_(value)
+        # The first bucket, into which nothing is copied here, may come to lie where an earlier one did.
+        buckets = [torch.zeros(4096, dtype=torch.uint8) for _ in range(2)]
+        copies.run(buckets, [source])
+        assert buckets[1].tolist() == source.tolist()
+        held.append(buckets[1])
+        del buckets
+    assert not copies._kept
+
+
 def test_neighbours_in_memory_of_two_storages_are_not_read_past_the_end_of_the_first() -> None:
     memory = np.arange(32, dtype=np.uint8)
     first, second = torch.from_numpy(memory[:16]), torch.from_numpy(memory[16:])

@@ -61,7 +61,7 @@ class LearnerSide:
         self._model = nn.ModuleDict()
         self.tensors = list(self._make_tensors())
         outgoing = Outgoing(self._device, "learner rank 0", config.rollout.max_lag + 1)
-        self._exporter = Exporter(lambda: self.tensors, None, outgoing)
+        self._exporter = Exporter(lambda: self.tensors, self.tensors, None, outgoing)
         self.step(0)
 
     def step(self, seed: int) -> None:

@@ -11,6 +11,7 @@ the partial sums, always in one order, so that the same x gives the same y.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -278,12 +279,14 @@ def multiply_halves(
         scales, residual_scales = (
             None if part is None else part.view(torch.int32) for part in (scales, residual_scales)
         )
-    ahead = 0 if INTERPRETED.value else shape.ahead
+    ahead = shape.ahead if _may_overlap(device) else 0
     threads, row_bytes = 32 * shape.warps, length // 2
     if ahead == 2 and (table is not None or source.widths[0] < row_bytes or row_bytes * shape.width % (16 * threads)):
         ahead = 1  # the prefetch cuts rows of dense weights evenly, into sixteens of bytes
     values, units = quantise_halves(x, operand, length * split, early=ahead > 0)
     columns, tiles = triton.cdiv(outputs, shape.width), triton.cdiv(rows, height) if table is None else len(table)
+    if split > 1 and columns * tiles > _TILES:
+        raise ValueError(f"a product of {columns * tiles} output tiles is not split: {_TILES} are counted at most.")
     # The interpreter casts to bfloat16 by cutting bits off.
     out = torch.empty(rows, outputs, dtype=torch.float32 if INTERPRETED.value else x.dtype, device=device)
     partial = torch.empty(split, rows, outputs, dtype=torch.float32, device=device) if split > 1 else None
@@ -304,6 +307,12 @@ def cut(shape: Shape, blocks: int) -> tuple[int, int]:
     steps = triton.cdiv(blocks * BLOCK, shape.depth)
     length = triton.cdiv(steps, shape.split)
     return length * shape.depth, triton.cdiv(steps, length)
+
+
+@lru_cache
+def _may_overlap(device: torch.device) -> bool:
+    """Whether a kernel can be launched before the one ahead of it ends: from Hopper on."""
+    return not INTERPRETED.value and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 _TILES = 1 << 14
