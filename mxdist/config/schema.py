@@ -490,3 +490,9 @@ class Config(Section):
                 f"rollout.sleep=true does not go with rollout.max_lag={self.rollout.max_lag}, where engines sample "
                 f"while the learner updates; set one of them to its default"
             )
+        if self.algorithm.prompts_per_step < self.rollout.workers:
+            raise ValueError(
+                f"rollout.sleep=true lets an engine sleep after it has sampled, and algorithm.prompts_per_step="
+                f"{self.algorithm.prompts_per_step} leaves some of rollout.workers={self.rollout.workers} nothing to "
+                f"sample; set fewer workers"
+            )

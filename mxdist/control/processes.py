@@ -4,6 +4,7 @@ Workers are plain classes elsewhere in the package; ``WorkerProcess`` hosts one 
 that the controller never imports Megatron-core or vLLM.
 """
 
+import contextlib
 import logging
 import os
 import shlex
@@ -16,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 from mxdist.config import Config
@@ -110,11 +112,15 @@ class Process:
         return self._pending(doing, self._actor.call_with_list.remote(method, *items))
 
     def kill(self) -> None:
-        """End it, stopped or not: Ray's own request is read by the process, a signal is not."""
-        ray.kill(self._actor)
+        """End it, stopped or not, and those of an engine's that it started: Ray's own request is read by the process, a
+        signal is not."""
         there = stacks.place(self.stacks)
-        if there and (process := there.process):
-            process.kill()
+        process = there.process if there else None
+        family = [*process.children(recursive=True), process] if process else []
+        ray.kill(self._actor)
+        for each in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
 
     def _pending(self, doing: str, ref: "ray.ObjectRef") -> Pending:
         return Pending(ref, self.name, doing, time.monotonic())

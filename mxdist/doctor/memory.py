@@ -136,20 +136,22 @@ def _requantising(numbers: Numbers, element: int, on_gpu: bool) -> int:
 
 
 def engine_memory(config: Config, on_gpu: bool) -> ProcessMemory:
-    """One engine, which holds all of the model."""
+    """One process of an engine: it holds all of the model, or its share of every matrix."""
     numbers, element = engine(config), element_bytes(config)
     rollout = config.rollout
+    divided = rollout.tensor_parallel
     scores = rollout.max_sequences * vocabulary(config) * (element + 2 * FLOAT32)  # logits, float32 ones, log-probs
     items = {
-        "weights": (numbers.total - (numbers.quantised if on_gpu else 0)) * element,  # of quantised ones: on a CPU
-        "packed weights": numbers.packed_bytes,
+        # Of quantised ones: on a CPU.
+        "weights": (numbers.total - (numbers.quantised if on_gpu else 0)) * element // divided,
+        "packed weights": numbers.packed_bytes // divided,
         "KV cache": rollout.kv_cache_mib * MIB,
         "logits and scores": scores,
         # While weights are loaded, or multiplied with many tokens on a GPU, the largest fused matrix exists as values.
-        "loading weights": max(0, _largest_fused(config) * element - scores),
+        "loading weights": max(0, _largest_fused(config) * element // divided - scores),
         "work space": CUDA_CONTEXT if on_gpu else CPU_SCRATCH if numbers.quantised else 0,
     }
-    return ProcessMemory("rollout engine", rollout.workers, items)
+    return ProcessMemory("rollout engine", rollout.workers * divided, items)
 
 
 def _largest_fused(config: Config) -> int:
@@ -160,8 +162,10 @@ def _largest_fused(config: Config) -> int:
 
 
 def kv_bytes_per_token(config: Config) -> int:
-    model = config.model
-    return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * element_bytes(config)
+    """In each process of an engine."""
+    model, divided = config.model, config.rollout.tensor_parallel
+    heads = -(-model.num_key_value_heads // divided)
+    return 2 * model.num_hidden_layers * heads * model.head_dim * element_bytes(config)
 
 
 def sync_bytes(config: Config) -> int:

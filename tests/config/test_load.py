@@ -239,6 +239,8 @@ def test_an_engine_sleeps_only_where_it_shares_a_gpu_with_a_learner_that_waits(f
     assert load_config(file, ["rollout.sleep=true", *shared]).rollout.sleep
     assert "share none; set both between 0 and 1, or rollout.sleep=false" in refusal(file, "rollout.sleep=true")
     assert "does not go with rollout.max_lag=1" in refusal(file, "rollout.sleep=true", *shared, "rollout.max_lag=1")
+    few = ("rollout.workers=4", "algorithm.prompts_per_step=2")
+    assert "nothing to sample; set fewer workers" in refusal(file, "rollout.sleep=true", *shared, *few)
 
 
 def test_an_engine_is_divided_only_where_no_group_is_cut_that_is_quantised_together(file: Path) -> None:

@@ -202,6 +202,15 @@ def test_a_weight_sync_is_packed_where_weights_are_quantised() -> None:
     assert packed == plain - 2 * numbers.quantised + numbers.quantised * 17 // 32
 
 
+def test_the_processes_of_a_divided_engine_hold_a_share_of_its_weights_each(tmp_path: Path) -> None:
+    whole = engine_memory(load(DENSE, tmp_path), on_gpu=True)
+    halves = engine_memory(load(DENSE, tmp_path, "rollout.tensor_parallel=2", "rollout.gpus_per_worker=2"), on_gpu=True)
+    assert halves.count == 2 * whole.count
+    for item in ("weights", "packed weights"):
+        assert halves.items[item] == whole.items[item] // 2
+    assert halves.items["KV cache"] == whole.items["KV cache"]
+
+
 def test_engines_and_ranks_that_share_a_gpu_are_added(tmp_path: Path) -> None:
     config = load(DENSE, tmp_path)
     [rank], rollout = learner_memory(config, on_gpu=True), engine_memory(config, on_gpu=True)

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from mxdist.control import stacks
 from tests.e2e.command import metrics_of
 
-UNCERTAIN = ("timing_s/", "perf/", "sync/seconds")  # what another run measures otherwise
+UNCERTAIN = ("timing_s/", "perf/")  # what another run measures otherwise; and all in seconds
 LOOK_SECONDS = 0.002  # far less than a sync or a batch of answers takes
 Found = TypeVar("Found")
 
@@ -75,7 +75,9 @@ def results(run_dir: Path) -> dict[int, dict[str, Any]]:
     """All metrics of all steps that do not depend on the machine, and what was sampled."""
     found = {}
     for step, line in metrics_of(run_dir).items():
-        found[step] = {name: value for name, value in line.items() if not name.startswith(UNCERTAIN)}
+        found[step] = {
+            name: value for name, value in line.items() if not (name.startswith(UNCERTAIN) or name.endswith("seconds"))
+        }
         if step:
             found[step]["rollouts"] = (run_dir / "rollouts" / f"step_{step}.jsonl").read_text()
     return found
