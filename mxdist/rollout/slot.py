@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mxdist.model.division import Division
+from mxdist.quant.checksum import checksum
 from mxdist.rollout.live_weight import LiveWeight
 from mxdist.rollout.products import live_values
 from mxdist.sync.checks import unit_of
@@ -77,8 +78,6 @@ class Slot:
 
 
 def _share(held: Tensor, division: Division, unit: int) -> int:
-    from mxdist.quant.checksum import checksum
-
     if division.dimension == 0:
         return checksum(held, division.index * held.nbytes, unit=unit)
     width = held.shape[-1] * held.element_size()

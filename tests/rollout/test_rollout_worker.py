@@ -16,9 +16,9 @@ from mxdist.quant.policy import RecipePolicy
 from mxdist.rollout.worker import RolloutWorker
 from mxdist.sync.parity import compare_checksums, compare_modules
 from mxdist.sync.payload import learner_checksums, payload_of
+from tests.rollout.comparing import answers, logprob_differences, sync
 from tests.rollout.engine_process import EngineProcess
 from tests.rollout.reference_model import (
-    answer_logprobs,
     operand_of,
     payloads,
     random_tensors,
@@ -90,17 +90,6 @@ def request_of(
     return RolloutRequest(0, prompts, SamplingSettings(samples, temperature, 8, seed), noise)
 
 
-def sync(engine: EngineProcess, seed: int, version: int) -> dict[str, torch.Tensor]:
-    tensors = random_tensors(engine.shape, seed)
-    sent = payloads(tensors, model_recipes(engine.config), version)
-    compare_checksums(learner_checksums(sent), engine.load(sent))
-    return tensors
-
-
-def answers(result: RolloutResult) -> list[tuple[list[int], list[float]]]:
-    return [(s.tokens.tolist(), s.logprobs.tolist()) for group in result.groups for s in group.samples]
-
-
 # Every kind of engine --------------------------------------------------------------------------------------------
 
 
@@ -125,14 +114,7 @@ def test_log_probabilities_equal_a_transformers_model_with_the_same_quantiser(en
     engine.generate(request_of())  # leaves its keys and values in the prefix cache
     tensors = sync(engine, seed=1, version=2)
     result = engine.generate(request_of())
-    model = reference_model(engine.shape, tensors, model_recipes(engine.config))
-    differences = np.concatenate(
-        [
-            sample.logprobs - answer_logprobs(model, group.prompt.tokens, sample.tokens.tolist(), 0.8).numpy()
-            for group in result.groups
-            for sample in group.samples
-        ]
-    )
+    differences = logprob_differences(engine, tensors, result, 0.8)
     assert len(differences) > 60
     if engine.config.model.dtype == "bfloat16":
         assert np.abs(differences).mean() < 0.1

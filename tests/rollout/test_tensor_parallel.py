@@ -11,19 +11,17 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import torch
 
 from mxdist.config.schema import Config, ModelConfig
 from mxdist.errors import ParityError, UserError
-from mxdist.messages import Noise, Prompt, RolloutRequest, RolloutResult, SamplingSettings
+from mxdist.messages import Noise, Prompt, RolloutRequest, SamplingSettings
 from mxdist.model.recipes import model_recipes
 from mxdist.model.shape import ModelShape
 from mxdist.quant.checksum import combine
 from mxdist.rollout.worker import RolloutWorker
-from mxdist.sync.parity import compare_checksums
-from mxdist.sync.payload import learner_checksums
+from tests.rollout.comparing import answers, logprob_differences, sync
 from tests.rollout.engine_process import EngineProcess
-from tests.rollout.reference_model import answer_logprobs, payloads, random_tensors, reference_model
+from tests.rollout.reference_model import payloads, random_tensors
 
 VOCABULARY, STOPS, CONTEXT = 64, (2, 7), 48
 CLEAN = Noise(0.0, 0)
@@ -58,17 +56,6 @@ def request_of(noise: Noise = CLEAN) -> RolloutRequest:
     return RolloutRequest(0, PROMPTS, SamplingSettings(2, 0.8, 8, 0), noise)
 
 
-def sync(engine: EngineProcess, seed: int, version: int) -> dict[str, torch.Tensor]:
-    tensors = random_tensors(engine.shape, seed)
-    sent = payloads(tensors, model_recipes(engine.config), version)
-    compare_checksums(learner_checksums(sent), engine.load(sent))
-    return tensors
-
-
-def answers(result: RolloutResult) -> list[tuple[list[int], list[float]]]:
-    return [(s.tokens.tolist(), s.logprobs.tolist()) for group in result.groups for s in group.samples]
-
-
 def test_each_process_holds_half_of_every_matrix_and_says_so(engine: EngineProcess) -> None:
     whole = engine.shape.tensor_shapes()
     assert engine.report.quantised_modules == tuple(
@@ -86,14 +73,7 @@ def test_log_probabilities_equal_an_undivided_model_and_every_byte_is_summed(eng
     sync(engine, seed=2, version=1)
     tensors = sync(engine, seed=1, version=2)
     result = engine.generate(request_of())
-    model = reference_model(engine.shape, tensors, model_recipes(engine.config))
-    differences = np.concatenate(
-        [
-            sample.logprobs - answer_logprobs(model, group.prompt.tokens, sample.tokens.tolist(), 0.8).numpy()
-            for group in result.groups
-            for sample in group.samples
-        ]
-    )
+    differences = logprob_differences(engine, tensors, result, 0.8)
     # The order of a sum can move a value over a rounding boundary before it is quantised, which changes what follows.
     assert np.mean(np.abs(differences) < 1e-3) > 0.8
     assert np.abs(differences).mean() < 0.05
