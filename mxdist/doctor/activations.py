@@ -11,7 +11,7 @@ from mxdist.quant.recipe import Operand
 
 FLOAT32 = 4
 PIECE = 2**24
-"""Elements of the distributions over the vocabulary that exist at a time: ``learner.scoring.PIECE``."""
+"""Elements of the distributions over the vocabulary that exist at a time: ``learner.scoring_pieces.PIECE``."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ def recomputed_bytes(config: Config, on_gpu: bool) -> int:
 
 
 def scoring_bytes(config: Config, stage: int, on_gpu: bool) -> int:
-    """The logits, their gradient, and a piece of the distributions (``learner.scoring``); on the last stage."""
+    """The logits, their gradient and, off the GPU, a piece of the distributions (``learner.scoring``); last stage."""
     learner, run = config.learner, full_pass(config, on_gpu)
     if stage != learner.pipeline_parallel - 1:
         return 0
     width = vocabulary(config) // learner.tensor_parallel
-    piece = min(PIECE, run.scored * width) * (FLOAT32 + (run.element if run.element < FLOAT32 else 0))
+    piece = 0 if on_gpu else min(PIECE, run.scored * width) * (FLOAT32 + (run.element if run.element < FLOAT32 else 0))
     return 2 * run.tokens * width * run.element + piece
 
 
@@ -80,11 +80,9 @@ def _norm(run: Pass, width: int) -> int:
 
 
 def _attention(config: Config, run: Pass, query: int, key_value: int) -> int:
-    """The projected q/k/v, of which the values are a part; rotated queries and keys, the output, its normalisers, and
-    the sine and cosine of the angles for queries and for keys."""
-    model = config.model
-    heads = model.num_attention_heads // config.learner.tensor_parallel
-    kept = 3 * query + 3 * key_value + 4 * model.head_dim
+    """The projected q/k/v, of which the values are a part; rotated queries and keys, the output and its normalisers."""
+    heads = config.model.num_attention_heads // config.learner.tensor_parallel
+    kept = 3 * query + 3 * key_value
     return run.tokens * (kept * run.element + heads * FLOAT32)
 
 

@@ -1,7 +1,7 @@
 """The estimate held against a device: what shares one, whether it fits, and the one setting that helps most."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -95,10 +95,14 @@ def fullest(config: Config, on_gpu: bool) -> Load:
     ranks = min(worst.count, int(1 / rank_share + 1e-6)) if 0 < rank_share <= 1 else 1
     beside = _engines(1 - ranks * rank_share, engine_share, config)
     alone = _engines(1, engine_share, config)
-    loads = [
-        Load((_times(worst, ranks), *([_times(engine, beside)] if beside else []))),
-        Load((_times(engine, max(alone, 1)),)),
-    ]
+    learner, engines = _times(worst, ranks), _times(engine, beside)
+    loads = [Load((_times(engine, max(alone, 1)),))]
+    if not beside:
+        loads.append(Load((learner,)))
+    elif config.rollout.sleep:
+        loads += [Load((learner, engines.resting)), Load((learner.resting, engines))]
+    else:
+        loads.append(Load((learner, engines)))
     return max(loads, key=lambda load: load.total)
 
 
@@ -107,12 +111,12 @@ def _engines(room: float, share: float, config: Config) -> int:
 
 
 def _times(process: ProcessMemory, count: int) -> ProcessMemory:
-    return ProcessMemory(process.name, count, process.items)
+    return replace(process, count=count)
 
 
 def _with_python(process: ProcessMemory) -> ProcessMemory:
     kind = "rollout engine" if process.name == "rollout engine" else "learner rank"
-    return ProcessMemory(process.name, process.count, process.items | {"Python and libraries": PYTHON[kind]})
+    return replace(process, items=process.items | {"Python and libraries": PYTHON[kind]})
 
 
 def _lever(config: Config, device: Device, load: Load) -> str:
@@ -143,6 +147,8 @@ def _changes(config: Config) -> Iterator[tuple[dict[str, dict[str, Any]], str]]:
             yield {"learner": {"micro_batch_tokens": size}}, words
     if not learner.recompute:
         yield {"learner": {"recompute": True}}, "set learner.recompute=true"
+    if 0 < rollout.gpus_per_worker < 1 and 0 < learner.gpus_per_rank < 1 and not rollout.sleep:
+        yield {"rollout": {"sleep": True}}, "set rollout.sleep=true"
     half = rollout.kv_cache_mib // 2
     yield {"rollout": {"kv_cache_mib": half}}, f"lower rollout.kv_cache_mib from {rollout.kv_cache_mib} to {half}"
     if 0 < rollout.gpus_per_worker < 1:

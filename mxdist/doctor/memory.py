@@ -33,6 +33,10 @@ MIB = 2**20
 CPU_SCRATCH = 9 * MIB  # the reference quantiser's work space on a CPU, kept between calls
 LIVE = 10**9  # stage3_max_live_parameters, DeepSpeed's own choice
 BUCKET = 2 * 10**8  # numbers of a gradient that are reduced together, as learner/zero_policy.py asks
+OF_AN_UPDATE = frozenset(("activations", "logits, or a layer", "requantising"))
+"""Items of a learner that are free between updates."""
+AWAKE = frozenset(("weights", "packed weights", "KV cache", "loading weights"))
+"""Items of an engine that are free while it sleeps."""
 CUDA_CONTEXT = 1536 * MIB  # of a process: CUDA context, kernels, cuBLAS and NCCL buffers; assumed, not computed
 
 
@@ -43,6 +47,7 @@ class ProcessMemory:
     name: str
     count: int  # processes like it
     items: dict[str, int]  # bytes, by what they are for
+    given_back: frozenset[str] = frozenset()  # items that are free while others have their turn (rollout.sleep)
 
     @property
     def total(self) -> int:
@@ -51,6 +56,12 @@ class ProcessMemory:
     @property
     def largest(self) -> str:
         return max(self.items, key=lambda name: self.items[name])
+
+    @property
+    def resting(self) -> "ProcessMemory":
+        """While others have their turn on the same device."""
+        kept = {name: held for name, held in self.items.items() if name not in self.given_back}
+        return ProcessMemory(self.name, self.count, kept)
 
 
 def learner_memory(config: Config, on_gpu: bool) -> list[ProcessMemory]:
@@ -85,7 +96,7 @@ def _learner_stage(config: Config, stage: int, on_gpu: bool) -> ProcessMemory:
         "work space": (CUDA_CONTEXT if on_gpu else CPU_SCRATCH if numbers.quantised else 0),
     }
     name = "learner rank" if learner.pipeline_parallel == 1 else f"learner rank, stage {stage}"
-    return ProcessMemory(name, ranks, items)
+    return ProcessMemory(name, ranks, items, OF_AN_UPDATE)
 
 
 def _buckets(config: Config, numbers: Numbers) -> int:
@@ -151,7 +162,7 @@ def engine_memory(config: Config, on_gpu: bool) -> ProcessMemory:
         "loading weights": max(0, _largest_fused(config) * element // divided - scores),
         "work space": CUDA_CONTEXT if on_gpu else CPU_SCRATCH if numbers.quantised else 0,
     }
-    return ProcessMemory("rollout engine", rollout.workers * divided, items)
+    return ProcessMemory("rollout engine", rollout.workers * divided, items, AWAKE)
 
 
 def _largest_fused(config: Config) -> int:

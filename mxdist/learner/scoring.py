@@ -1,19 +1,20 @@
 """Log-probabilities of given tokens, and the entropy of the distributions they were drawn from.
 
-A vocabulary may have 150,000 tokens, so the distributions never exist as a whole: they are computed in pieces of a few
-tokens, in float32, and again in the backward pass. Besides the logits only their gradient is as large as they are.
+A vocabulary may have 150,000 tokens, so the distributions never exist as a whole: they are computed in float32 by
+kernels that keep sums alone (``scoring_kernel``) or in pieces of a few tokens (``scoring_pieces``), and again in the
+backward pass. Besides the logits only their gradient is as large as they are.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
+from mxdist.learner import scoring_pieces
 from mxdist.messages import EntropyStatistics
-
-PIECE = 2**24
-"""Elements of a piece of the distributions: 64 MiB in float32, of which a few copies exist at a time."""
+from mxdist.quant.backend import quantisers_lack
 
 
 def token_scores(
@@ -46,55 +47,34 @@ class _Scores(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, places: Tensor, tokens: Tensor, temperature: float, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor]:
-        count, width = len(places), logits.shape[1]
-        tokens = tokens - (0 if group is None else group.rank() * width)  # from the first of this rank's vocabulary
-        largest = torch.full((count,), -torch.inf, device=logits.device)
-        for piece in _pieces(count, width):
-            largest[piece] = logits[places[piece]].amax(-1).float() / temperature
+        tokens = tokens - (0 if group is None else group.rank() * logits.shape[1])  # from this rank's first
+        largest, total, weighted, chosen = _by(logits).row_sums(logits, places, tokens, temperature)
         if group is not None:
+            own = largest.clone()
             all_reduce(largest, ReduceOp.MAX, group)
-        sums = torch.zeros(3, count, device=logits.device)  # s, sum (z - m) e^(z - m), z(token) - m
-        for piece in _pieces(count, width):
-            z = logits[places[piece]].float().div_(temperature).sub_(largest[piece, None])  # [piece, vocabulary]
-            sums[2, piece] = _at(z, tokens[piece])
-            exponential = z.exp()
-            sums[0, piece] = exponential.sum(-1)
-            sums[1, piece] = z.mul_(exponential).sum(-1)
-        if group is not None:
+            fall = own - largest
+            sums = torch.stack((total * fall.exp(), (weighted + fall * total) * fall.exp(), chosen))
             all_reduce(sums, ReduceOp.SUM, group)
-        log_sum = sums[0].log()
-        entropy = (log_sum - sums[1] / sums[0]).sum()
-        ctx.save_for_backward(logits, places, tokens, largest + log_sum)
+            total, weighted, chosen = sums
+        log_sum = total.log()
+        entropy = (log_sum - weighted / total).sum()
+        shift = largest + log_sum
+        ctx.save_for_backward(logits, places, tokens, shift)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
-        return sums[2] - log_sum, entropy
+        return chosen - largest - log_sum, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, places, tokens, shift = ctx.saved_tensors
-        gradient = torch.zeros_like(logits)
-        width = logits.shape[1]
-        for piece in _pieces(len(places), width):
-            scale = grads[0][piece] / ctx.temperature  # [piece]
-            z = logits[places[piece]].float().div_(ctx.temperature).sub_(shift[piece, None])
-            part = z.exp_().mul_(-scale[:, None])
-            here = _is_here(tokens[piece], width)
-            part.scatter_add_(1, tokens[piece].clamp(0, width - 1)[:, None], (scale * here)[:, None])
-            gradient[places[piece]] = part.to(logits.dtype)
+        gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+        _by(logits).add_gradient(gradient, logits, places, tokens, shift, grads[0].contiguous(), ctx.temperature)
         return gradient, None, None, None, None
 
 
-def _pieces(count: int, width: int) -> list[slice]:
-    step = max(1, PIECE // width)
-    return [slice(start, start + step) for start in range(0, count, step)]
+def _by(logits: Tensor) -> ModuleType:
+    if not (logits.is_cuda and logits.stride(1) == 1) or quantisers_lack(logits.device) is not None:
+        return scoring_pieces
+    from mxdist.learner import scoring_kernel
 
-
-def _at(z: Tensor, tokens: Tensor) -> Tensor:
-    """z [rows, vocabulary] at each row's token; 0 where another rank has it."""
-    width = z.shape[1]
-    found = z.gather(1, tokens.clamp(0, width - 1)[:, None]).squeeze(1)
-    return found.masked_fill(~_is_here(tokens, width), 0)
-
-
-def _is_here(tokens: Tensor, width: int) -> Tensor:
-    return (tokens >= 0) & (tokens < width)
+    return scoring_kernel

@@ -14,7 +14,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mxdist.config.schema import LearnerConfig
 from mxdist.errors import UserError
-from mxdist.model.attention import PackedRotary
 from mxdist.model.megatron_spec import decoder_spec
 from mxdist.model.shape import ModelShape
 
@@ -92,21 +91,17 @@ def build_gpt(shape: ModelShape, learner: LearnerConfig) -> GPTModel:
     gpt = GPTModel(
         config=config,
         transformer_layer_spec=decoder_spec(
-            model.num_hidden_layers // learner.pipeline_parallel, model.num_experts or None, config.qk_layernorm
+            model.num_hidden_layers // learner.pipeline_parallel,
+            model.num_experts or None,
+            config.qk_layernorm,
+            model.rope_theta,
         ),
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         vocab_size=shape.vocab_size,
         max_sequence_length=model.max_position_embeddings,
-        position_embedding_type="rope",
-        rotary_base=model.rope_theta,
+        position_embedding_type="none",  # ``attention`` does it
         share_embeddings_and_output_weights=model.tie_word_embeddings,
-    )
-    gpt.rotary_pos_emb = PackedRotary(
-        kv_channels=model.head_dim,
-        rotary_percent=1.0,
-        rotary_base=model.rope_theta,
-        use_cpu_initialization=config.use_cpu_initialization,
     )
     _mark_parameters(gpt, config)
     return gpt

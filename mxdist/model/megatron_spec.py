@@ -140,7 +140,9 @@ class MxSpecProvider(LocalSpecProvider):
         return MxExperts, MLPSubmodules(linear_fc1=MxColumnParallelLinear, linear_fc2=MxRowParallelLinear)
 
 
-def decoder_spec(layers: int, num_experts: int | None, qk_norms: bool) -> TransformerBlockSubmodules:
+def decoder_spec(
+    layers: int, num_experts: int | None, qk_norms: bool, rotary_base: float
+) -> TransformerBlockSubmodules:
     """The ``layers`` equal layers of one pipeline stage; ``num_experts`` None is the dense model."""
     backend = MxSpecProvider()
     norm = backend.layer_norm(rms_norm=True)
@@ -149,7 +151,7 @@ def decoder_spec(layers: int, num_experts: int | None, qk_norms: bool) -> Transf
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_linear(),
-            core_attention=backend.core_attention(),
+            core_attention=ModuleSpec(module=backend.core_attention(), params={"rotary_base": rotary_base}),
             linear_proj=backend.row_parallel_linear(),
             q_layernorm=norm if qk_norms else IdentityOp,
             k_layernorm=norm if qk_norms else IdentityOp,

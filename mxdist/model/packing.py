@@ -75,7 +75,8 @@ def _by_flash(query: Tensor, key: Tensor, value: Tensor, packing: PackedSequence
         causal["enable_gqa"] = True
     else:
         repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        # torch's repeat_interleave waits for the GPU, twice.
+        key, value = (each.unsqueeze(2).expand(-1, -1, repeats, -1).flatten(1, 2) for each in (key, value))
     longest = max(packing.lengths)
     output = varlen_attn(query, key, value, packing.starts, packing.starts, longest, longest, **causal)
     assert isinstance(output, Tensor)  # and not a pair, which is returned only when asked for

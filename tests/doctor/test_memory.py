@@ -18,7 +18,7 @@ from mxdist.doctor.activations import AT_ONCE
 from mxdist.doctor.fit import GIB, fit, fullest, named_gpu
 from mxdist.doctor.memory import engine_memory, learner_memory, sync_bytes
 from mxdist.doctor.model_size import engine, learner_stage, row_bytes
-from mxdist.learner import scoring
+from mxdist.learner import scoring_pieces
 from mxdist.model import quantised_weight
 from mxdist.model.shape import ModelShape
 from mxdist.quant import reference, scratch
@@ -123,7 +123,7 @@ def test_quantising_a_whole_tensor_at_once_takes_the_bytes_assumed(name: str, mo
 
 
 def test_scores_and_weights_are_worked_on_in_pieces_of_the_size_assumed() -> None:
-    assert activations.PIECE == scoring.PIECE
+    assert activations.PIECE == scoring_pieces.PIECE
     assert model_size.TOGETHER == quantised_weight.TOGETHER
 
 
@@ -221,6 +221,15 @@ def test_engines_and_ranks_that_share_a_gpu_are_added(tmp_path: Path) -> None:
         DENSE, tmp_path, "learner.gpus_per_rank=1", "rollout.gpus_per_worker=0.5", "rollout.kv_cache_mib=200000"
     )
     assert fullest(together, on_gpu=True).in_words == "2 rollout engines"
+
+
+def test_those_that_take_turns_on_a_gpu_are_not_added(tmp_path: Path) -> None:
+    config = load(DENSE, tmp_path, "rollout.sleep=true")
+    [rank], engine = learner_memory(config, on_gpu=True), engine_memory(config, on_gpu=True)
+    updating, sampling = rank.total + engine.resting.total, rank.resting.total + engine.total
+    assert fullest(config, on_gpu=True).total == max(updating, sampling) < rank.total + engine.total
+    assert {"main gradients", "optimizer"} <= rank.resting.items.keys()
+    assert engine.resting.items.keys() == {"logits and scores", "work space"}
 
 
 def test_the_papers_runs_fit_the_gpus_their_files_name(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mxdist.learner import scoring
+from mxdist.learner import scoring_pieces
 from mxdist.learner.scoring import token_scores
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -14,7 +14,7 @@ TOKENS = torch.randint(0, 11, (7,), generator=GENERATOR)
 
 @pytest.fixture(params=[2**24, 25, 1], ids=["one piece", "pieces of two", "pieces of one"])
 def _piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "PIECE", request.param)
+    monkeypatch.setattr(scoring_pieces, "PIECE", request.param)
 
 
 @pytest.mark.usefixtures("_piece")

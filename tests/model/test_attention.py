@@ -48,7 +48,7 @@ def reach(worker: LearnerWorker, lengths: tuple[int, ...]) -> np.ndarray:
     """Which token's keys and values each token's output depends on, by gradients."""
     from mxdist.model.attention import PackedAttention, Packing
 
-    attention = PackedAttention(worker._policy.model.config)
+    attention = PackedAttention(worker._policy.model.config, rotary_base=10_000.0)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(sum(lengths), 1, heads, 16, generator=generator) for heads in (4, 2, 2)]
     for tensor in tensors[1:]:

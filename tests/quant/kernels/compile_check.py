@@ -19,6 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mxdist.learner import scoring_kernel
+from mxdist.model import rotary_kernel
 from mxdist.quant.kernels import (
     checksum,
     decode,
@@ -53,9 +55,17 @@ POINTERS = {
     "c": "*bf16", "weight": "*bf16", "inverse": "*fp32", "out": "*fp32",
     "x_words": "*i32", "data_halves": "*i16", "data_t_words": "*i32",
     "buffer": "*i16", "pieces": "*i64", "sums": "*i64",
-    "h": "*bf16", "gradient": "*bf16", "filled": "*bf16",
+    "h": "*bf16", "gradient": "*bf16", "filled": "*bf16", "cos": "*bf16", "sin": "*bf16", "logits": "*bf16",
+    "places": "*i64", "tokens": "*i64", "shift": "*fp32",
 }  # fmt: skip
-NUMBERS = {"alpha": "fp32", "epsilon": "fp32", "threshold": "fp32", "seed": "i64", "seed_t": "i64"}
+NUMBERS = {
+    "alpha": "fp32",
+    "epsilon": "fp32",
+    "threshold": "fp32",
+    "seed": "i64",
+    "seed_t": "i64",
+    "temperature": "fp32",
+}
 
 
 def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
@@ -106,6 +116,10 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
         )
     yield "swiglu", swiglu._swiglu_kernel, {"COLS": 1024}, 4
     yield "swiglu, backward", swiglu._swiglu_backward_kernel, {"COLS": 1024}, 4
+    yield "rotary", rotary_kernel._turn_kernel, {"HEADS": 16, "HALF": 64, "BACK": True}, 4
+    scored = {"COLS": scoring_kernel._COLS}
+    yield "scores", scoring_kernel._sums_kernel, scored, scoring_kernel._WARPS
+    yield "scores, gradient", scoring_kernel._gradient_kernel, scored, scoring_kernel._WARPS
     yield "without filling", permute._without_filling_kernel, {"COLS": 2048}, 4
     yield "weight", quant_weight._quantise_weight_kernel, plain | {"SQUARE": False, "WHOLE": False, "FOLDED": False}, 8
     yield (
