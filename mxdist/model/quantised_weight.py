@@ -7,13 +7,14 @@ same cached tensors, and a cache that no longer belongs to the master weight rai
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mxdist.model.draws import GradientDraws
-from mxdist.quant.backend import prepare_weights, quantise
+from mxdist.quant.backend import QuantisedWeights, quantise_weights
+from mxdist.quant.layout import raise_nonfinite
 from mxdist.quant.recipe import Recipe
 from mxdist.quant.tensor import MXTensor
 
@@ -28,6 +29,15 @@ TOGETHER = 2**26
 """Numbers quantised in one call, at most, unless one weight has more: a call needs up to 28 bytes for each."""
 
 
+class _Kept(NamedTuple):
+    """What a module has of its quantised weight. One attribute, because setting one of an ``nn.Module`` is slow."""
+
+    quantised: MXTensor
+    prepared: "Tensor | HopperWeight | None"
+    made_from: tuple[int, int]
+    fingerprint: Tensor | int  # a tensor on the device, for which nobody waits before ``quantised``
+
+
 class QuantisedWeight:
     """Mixed into a linear module that has a ``weight`` parameter [out, in]. ``recipe`` None: high precision."""
 
@@ -38,10 +48,7 @@ class QuantisedWeight:
     observer: Observer | None = None
     keeps_prepared = True
     """Whether what products take is kept from one optimizer update to the next, and not made when they take it."""
-    _quantised: MXTensor | None = None
-    _prepared: "Tensor | HopperWeight | None" = None
-    _made_from: tuple[int, int] | None = None
-    _fingerprint: Tensor | int = 0  # a tensor on the device, for which nobody waits before ``quantised``
+    _kept: _Kept | None = None
 
     @property
     def weight_size(self) -> tuple[int, int]:
@@ -80,22 +87,25 @@ class QuantisedWeight:
         if self.observer is not None:
             self.observer(self, x, y)
 
-    def store(self, quantised: MXTensor, prepared: "Tensor | HopperWeight | None") -> None:
-        """Take the packed form [out, in] of the present master weight, and what products take of it."""
-        self._quantised, self._prepared = quantised, prepared
-        self._made_from = self._identity()
-        self._fingerprint = self._sum_of_bits()
+    def store(
+        self, quantised: MXTensor, prepared: "Tensor | HopperWeight | None", fingerprint: Tensor | int
+    ) -> None:  # fmt: skip
+        """Take the packed form [out, in] of the present master weight, what products take, and its ``sums_of_bits``."""
+        self._kept = _Kept(quantised, prepared, self._identity(), fingerprint)
+
+    def multiply_as_values(self) -> None:
+        """From now on products take the values of the packed form: their bytes do not hold all of it."""
+        kept = self._fresh()
+        if kept.prepared is not None and not isinstance(kept.prepared, Tensor):
+            self._kept = kept._replace(prepared=kept.prepared.as_values(kept.quantised, self.weight.dtype))
 
     def forget(self) -> None:
         """The master weight is about to change."""
-        self._quantised = self._prepared = self._made_from = None
+        self._kept = None
 
     def prepared(self) -> "Tensor | HopperWeight | None":
         """W_q as ``mx_linear`` takes it; None when the recipe leaves weights alone."""
-        if not self.quantises_weight:
-            return None
-        self._raise_if_stale()
-        return self._prepared
+        return self._fresh().prepared if self.quantises_weight else None
 
     def quantised_values(self) -> Tensor | None:
         """The values [out, in] that products multiply, in the dtype of the weight: kept, or read from their bytes."""
@@ -104,17 +114,14 @@ class QuantisedWeight:
 
     def quantised(self) -> MXTensor:
         """The packed form of what ``quantised_values`` returns, after looking at the master weight's bits as well."""
-        self._raise_if_stale()
-        assert self._quantised is not None
-        if bool(self._sum_of_bits() != self._fingerprint):
+        kept = self._fresh()
+        if bool(self.sums_of_bits(self.weight.detach(), 1)[0] != kept.fingerprint):
             raise RuntimeError(f"{self} has a new master weight: call requantise(model) before using it")
-        return self._quantised
+        return kept.quantised
 
     def packed(self) -> MXTensor:
         """What ``quantised`` returns, without looking at the master weight's bits: there may be thousands of them."""
-        self._raise_if_stale()
-        assert self._quantised is not None
-        return self._quantised
+        return self._fresh().quantised
 
     def _identity(self) -> tuple[int, int]:
         # Sees in-place changes through the parameter. The distributed optimizer writes past it, into the buffer that
@@ -122,12 +129,23 @@ class QuantisedWeight:
         weight = self.weight
         return weight._version, weight.data_ptr()
 
-    def _sum_of_bits(self) -> Tensor | int:
-        return self.weight.detach().view(torch.int16).sum(dtype=torch.int64)
+    @staticmethod
+    def sums_of_bits(weights: Tensor, count: int) -> Sequence[Tensor | int]:
+        """One number for each of ``count`` equal weights that stand one below the other, as int64 on their device.
 
-    def _raise_if_stale(self) -> None:
-        if self._made_from != self._identity():
+        Another number for any change of a single element, and for all but one in 2^64 others.
+        """
+        # The wider the words, the less a GPU has to add up; which ones depends on the shape alone.
+        wide = weights.shape[1] * weights.element_size() % 8 == 0
+        if wide and weights.storage_offset() * weights.element_size() % 8:
+            weights = weights.clone()
+        return weights.view(torch.int64 if wide else torch.int16).reshape(count, -1).sum(1, dtype=torch.int64).unbind()
+
+    def _fresh(self) -> _Kept:
+        kept = self._kept
+        if kept is None or kept.made_from != self._identity():
             raise RuntimeError(f"the quantised weight of {self} is stale: call requantise(model) first")
+        return kept
 
 
 def quantised_weights(model: nn.Module) -> Iterator[QuantisedWeight]:
@@ -142,42 +160,59 @@ def requantise(model: nn.Module) -> None:
     """Quantise every master weight anew.
 
     Rows are independent of each other, so weights of one width and operand are quantised together, up to ``TOGETHER``.
+    The host waits for the device once, at the end.
+
+    Raises:
+        ValueError: a weight holds NaN or Inf. The model then refuses to compute.
     """
+    runs: list[tuple[list[QuantisedWeight], Tensor]] = []
     together: dict[tuple, list[QuantisedWeight]] = {}
     for module in quantised_weights(model):
-        key = (module.weight_size, module.weight.dtype, module.recipe)
+        key = (module.weight_size, module.weight.dtype, id(module.recipe))  # hashing recipes takes longer
         together.setdefault(key, []).append(module)
     for alike in together.values():
         for modules in _runs(alike):
-            _requantise_together(modules)
+            found = _requantise_together(modules).found
+            if found is not None:
+                runs.append((modules, found))
+    if runs:
+        numbers = iter(torch.cat([found for _, found in runs]).tolist())
+        for modules, _ in runs:
+            rounded, nonfinite = [next(numbers) for _ in modules], next(numbers)
+            if nonfinite:
+                forget(model)
+                _raise_nonfinite(modules)
+            for module, lossy in zip(modules, rounded, strict=True):
+                if lossy:
+                    module.multiply_as_values()
 
 
-def _requantise_together(modules: "Sequence[QuantisedWeight]") -> None:
+def _raise_nonfinite(modules: "Sequence[QuantisedWeight]") -> None:
+    with modules[0].whole_weights(modules):
+        for module in modules:
+            raise_nonfinite(module.weight.detach(), f"the weight of {module.name}")
+
+
+def _requantise_together(modules: "Sequence[QuantisedWeight]") -> QuantisedWeights:
     """Modules alike in shape, dtype and recipe."""
     first, recipe = modules[0], modules[0].recipe
     assert recipe is not None
     assert recipe.w is not None
     with first.whole_weights(modules):
-        weights = torch.cat([module.weight for module in modules])
-    quantised = quantise(weights, recipe.w)
-    prepared: Sequence[Tensor | HopperWeight | None] = [None] * len(modules)
-    if first.keeps_prepared:
-        prepared = prepare_weights(weights, len(modules), recipe, quantised, first.name)
-    rows = first.weight_size[0]
-    for index, module in enumerate(modules):
-        module.store(quantised[index * rows : (index + 1) * rows], prepared[index])
+        masters = [module.weight.detach() for module in modules]
+        weights = torch.cat(masters) if len(masters) > 1 else masters[0]
+        result = quantise_weights(weights, len(modules), recipe, first.name, prepare=first.keeps_prepared)
+        fingerprints = first.sums_of_bits(weights, len(modules))
+        for module, *parts in zip(modules, result.packed, result.prepared, fingerprints, strict=True):
+            module.store(*parts)
+    return result
 
 
-def _runs(modules: list[QuantisedWeight]) -> Iterator[list[QuantisedWeight]]:
-    """Consecutive modules, with at most ``TOGETHER`` numbers in all or alone."""
-    run: list[QuantisedWeight] = []
-    for module in modules:
-        if run and sum(math.prod(each.weight_size) for each in [*run, module]) > TOGETHER:
-            yield run
-            run = []
-        run.append(module)
-    if run:
-        yield run
+def _runs(alike: list[QuantisedWeight]) -> Iterator[list[QuantisedWeight]]:
+    """Consecutive ones of weights alike in shape, with at most ``TOGETHER`` numbers in all or alone."""
+    count = max(1, TOGETHER // math.prod(alike[0].weight_size))
+    for start in range(0, len(alike), count):
+        yield alike[start : start + count]
 
 
 def forget(model: nn.Module) -> None:

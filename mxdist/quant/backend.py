@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -107,26 +109,50 @@ def dequantise(packed: MXTensor, dtype: torch.dtype) -> Tensor:
     return expand(packed, dtype)
 
 
-def prepare_weights(
-    weights: Tensor, count: int, recipe: Recipe, packed: MXTensor, name: str
-) -> list[Tensor | HopperWeight]:
-    """`prepare_weight` of `count` equal weights that stand one below the other, [count * N, K], `packed` all together.
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantisedWeights:
+    """Equal weights that were quantised together, in order.
 
-    Bytes that cannot hold a weight exactly are found, for which the host waits once, and the weight is left as values:
-    whatever multiplies, it multiplies exactly what `packed` says.
+    packed    each as `quantise` returns it
+    prepared  each as `prepare_weight` returns it; None where that was not asked for
+    found     int32 [weights + 1] on the device: not 0 for weights whose bytes lost something of `packed`, and last
+              where any holds NaN or Inf. None where nothing is left to be looked at.
     """
-    weights, rows = weights.detach(), len(weights) // count
-    choice = _plan(weights, rows, recipe, None, name)
-    parts = range(0, len(weights), rows)
-    if choice is None:
-        return [dequantise(packed[start : start + rows], weights.dtype) for start in parts]
-    from mxdist.quant.kernels import prepared
 
-    found, rounded = prepared.prepare_weights(weights, count, recipe, choice, packed, name)
-    return [
-        each.as_values(packed[start : start + rows], weights.dtype) if rounds else each
-        for each, rounds, start in zip(found, rounded.tolist(), parts, strict=True)
-    ]
+    packed: list[MXTensor]
+    prepared: Sequence[Tensor | HopperWeight | None]
+    found: Tensor | None
+
+
+def quantise_weights(
+    weights: Tensor, count: int, recipe: Recipe, name: str = "weight", *, prepare: bool = True
+) -> QuantisedWeights:
+    """`quantise` and `prepare_weight` of `count` equal weights that stand one below the other, [count * N, K].
+
+    Does not wait for a GPU: `found` is for the caller to look at, once for many calls, and `as_values` for weights
+    that it names. On a CPU NaN and Inf raise ValueError.
+    """
+    assert recipe.w is not None
+    weights, rows = weights.detach(), len(weights) // count
+    choice = _plan(weights, rows, recipe, None, name) if prepare else None
+    by_reference, found = _reference_only(weights, recipe.w, name), None
+    if choice is not None or not by_reference:
+        found = torch.zeros(count + 1, dtype=torch.int32, device=weights.device)
+    if by_reference or found is None:
+        packed = reference.quantise(weights, recipe.w, name=name)
+    else:
+        from mxdist.quant.kernels import quant_terms
+
+        packed = quant_terms.quantise(weights, recipe.w, name=name, nonfinite=found[count:])
+    parts = packed.split(rows)
+    prepared: Sequence[Tensor | HopperWeight | None] = [None] * count
+    if choice is not None and found is not None:
+        from mxdist.quant.kernels.prepared import prepare_weights
+
+        prepared = prepare_weights(weights, count, recipe, choice, packed, name, found[:count])
+    elif prepare:
+        prepared = [dequantise(part, weights.dtype) for part in parts]
+    return QuantisedWeights(parts, prepared, found)
 
 
 def prepare_weight(

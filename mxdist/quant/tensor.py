@@ -107,6 +107,13 @@ class MXTensor:
         parts = {key: part[rows] for key, part in self.parts().items()}
         return MXTensor.from_parts(parts, (*parts["scales"].shape[:-1], self.shape[-1]), self.operand)
 
+    def split(self, rows: int) -> list[MXTensor]:
+        """Views of `rows` along the first axis each, the last of what is left."""
+        parts = {key: part.split(rows) for key, part in self.parts().items()}
+        count, rest = len(parts["codes"]), self.shape[1:]
+        columns = [parts.get(key) or [None] * count for key in PART_NAMES]
+        return [MXTensor(*each, (len(each[0]), *rest), self.operand) for each in zip(*columns, strict=True)]
+
 
 def cat_rows(tensors: Sequence[MXTensor]) -> MXTensor:
     """Concatenate along the first axis: equal to quantising the concatenation of the originals.

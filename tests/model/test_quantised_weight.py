@@ -6,6 +6,7 @@ from torch import nn
 
 from mxdist.model import quantised_weight
 from mxdist.model.quantised_weight import QuantisedWeight, requantise
+from mxdist.quant.backend import QuantisedWeights
 from mxdist.quant.recipe import get_recipe
 
 
@@ -27,9 +28,14 @@ def test_weights_are_the_same_however_many_are_quantised_in_a_call(
 ) -> None:
     whole, calls = model(), []
     requantise(whole)
-    quantise = quantised_weight.quantise
+    quantise = quantised_weight.quantise_weights
+
+    def counted(weights: torch.Tensor, *about: object, **options: object) -> QuantisedWeights:
+        calls.append(len(weights))
+        return quantise(weights, *about, **options)
+
     monkeypatch.setattr(quantised_weight, "TOGETHER", together)
-    monkeypatch.setattr(quantised_weight, "quantise", lambda x, operand: calls.append(len(x)) or quantise(x, operand))
+    monkeypatch.setattr(quantised_weight, "quantise_weights", counted)
     parts = model()
     requantise(parts)
     for one, other in zip(whole, parts, strict=True):

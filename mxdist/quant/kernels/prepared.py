@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mxdist.quant.format import TILE, TILE_SPAN
 from mxdist.quant.kernels import quant_terms
 from mxdist.quant.kernels.dequantise import dequantise
 from mxdist.quant.kernels.forms import Form, Fp8Matrix, empty_tiles
@@ -64,38 +63,25 @@ class HopperWeight:
 
 
 def prepare_weights(
-    weights: Tensor, count: int, recipe: Recipe, choice: Plan, packed: MXTensor, name: str
-) -> tuple[list[HopperWeight], Tensor]:
+    weights: Tensor, count: int, recipe: Recipe, choice: Plan, packed: MXTensor, name: str, rounded: Tensor
+) -> list[HopperWeight]:
     """Prepare `count` equal weights that stand one below the other, [count * N, K], of which `packed` is made.
 
-    Returns them and, as bool [count] on the device, which of them has lost something of `packed` in its bytes; NaN and
-    Inf pass through. Nobody waits for the device here.
+    rounded  int32 [count] of zeros on the device: set for weights that lost something of `packed` in their bytes.
+
+    NaN and Inf pass through. Nobody waits for the device here.
     """
     assert recipe.w is not None
-    rows = len(weights) // count
     if choice.forward.gemm is not Gemm.BF16 and choice.weight_form is Form.SQUARE:
-        both = quantise_weights(weights, count, recipe.w, name, "propagate")
-        rounds = rounding_squares(packed).view(count, rows // TILE).any(1)
-        return [HopperWeight(choice, each.forward, each.transposed, rights=each.rights) for each in both], rounds
-    parts = [(weights[start : start + rows], packed[start : start + rows]) for start in range(0, len(weights), rows)]
-    found = [prepare_weight(each, recipe, choice, of, name=name, nonfinite="propagate") for each, of in parts]
-    rounded = [each.rounded(of, weights.dtype) for each, (_, of) in zip(found, parts, strict=True)]
-    return found, torch.stack(rounded)
-
-
-def rounding_squares(packed: MXTensor) -> Tensor:
-    """Of `packed` [N, K], N and K multiples of 128: bool [N / 128], whether a square there spans more than bytes hold.
-
-    Bytes have room for 14 binades, or for 11 beside a folded macro factor. Blocks of zeros have any code.
-    """
-    n, k = packed.shape
-    room = TILE_SPAN if packed.operand.macro is None else TILE_SPAN - 3
-    nonzero = (packed.codes.view(n, k // 32, 16) & 0x77).amax(2) > 0
-    codes = packed.scales.to(torch.int16)
-    squares = (n // TILE, TILE, k // TILE, TILE // 32)
-    highest = codes.masked_fill(~nonzero, 0).view(squares).amax((1, 3))
-    lowest = codes.masked_fill(~nonzero, 255).view(squares).amin((1, 3))
-    return (highest - lowest > room).any(1)
+        both = quantise_weights(weights, count, recipe.w, name, "propagate", rounded)
+        return [HopperWeight(choice, each.forward, each.transposed, rights=each.rights) for each in both]
+    rows = len(weights) // count
+    pairs = list(zip(weights.split(rows), packed.split(rows), strict=True))
+    found = [prepare_weight(each, recipe, choice, of, name=name, nonfinite="propagate") for each, of in pairs]
+    if choice.forward.gemm is Gemm.ROW:  # values and tiles hold all of it
+        lost = [each.rounded(of, weights.dtype) for each, (_, of) in zip(found, pairs, strict=True)]
+        rounded.copy_(torch.stack(lost))
+    return found
 
 
 def prepare_weight(

@@ -110,9 +110,12 @@ def quantise(
     seed: int | Draw | None = None,
     frozen: Frozen | None = None,
     name: str = "tensor",
-    nonfinite: NonFinite = "error",
+    nonfinite: NonFinite | Tensor = "error",
 ) -> MXTensor:
-    """Return x packed: nibbles, E8M0 codes and macro bytes; arguments and bytes as of `reference.quantise`."""
+    """Return x packed: nibbles, E8M0 codes and macro bytes; arguments and bytes as of `reference.quantise`.
+
+    nonfinite  also a tensor to be set where x has NaN or Inf, see `Flag`.
+    """
     shapes = part_shapes(x.shape, operand)
     parts = {key: torch.empty(shape, dtype=torch.uint8, device=x.device) for key, shape in shapes.items()}
     _launch(x, operand, seed, frozen, name, nonfinite, parts=parts)
@@ -128,7 +131,7 @@ def _listed(operand: Operand, frozen: Frozen, k: int, device: torch.device) -> T
 
 
 def _launch(
-    x: Tensor, operand: Operand, seed: int | Draw | None, frozen: Frozen | None, name: str, nonfinite: NonFinite,
+    x: Tensor, operand: Operand, seed: int | Draw | None, frozen: Frozen | None, name: str, nonfinite: NonFinite | Tensor,
     values: Tensor | None = None, parts: dict[str, Tensor] | None = None,
 ) -> None:  # fmt: skip
     options = TermOptions.of(operand)

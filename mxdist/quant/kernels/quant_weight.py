@@ -16,6 +16,7 @@ from torch import Tensor
 from mxdist.quant.format import SCALE_CARRY, TILE, e8m0_from_absmax
 from mxdist.quant.kernels import terms
 from mxdist.quant.kernels.device import (
+    SPAN,
     block_maxima,
     code_of,
     encode,
@@ -57,7 +58,7 @@ class Fp8Weight:
 
 @triton.jit
 def _quantise_weight_kernel(
-    w, stride, rows, columns, flag, reference, data, data_stride, scale, scale_stride,
+    w, stride, rows, columns, flag, rounded, reference, data, data_stride, scale, scale_stride,
     data_t, data_t_stride, scale_t, scale_t_stride, each, data_t_each, scale_t_each,
     SQUARE: tl.constexpr, WHOLE: tl.constexpr, FOLDED: tl.constexpr, CARRY: tl.constexpr, SATURATE: tl.constexpr,
     CHECK: tl.constexpr,
@@ -83,6 +84,14 @@ def _quantise_weight_kernel(
     if SQUARE:
         tops = tops * 0 + largest
     code = spread_codes(code, absmax, tops[:, :, None])
+    number = row // each  # of the weight among those that stand one below the other
+    if rounded is not None:
+        nonzero = absmax * 4.0 > power_of_two(code)  # beyond the tie between 0 and 0.5
+        highest = tl.max(tl.reshape(tl.where(nonzero, code, 0), [512]))
+        lowest = tl.min(tl.reshape(tl.where(nonzero, code, 255), [512]))
+        # Three binades less beside a folded macro factor. Blocks of zeros have any code.
+        if highest - lowest > (SPAN - 3 if FOLDED else SPAN):
+            tl.atomic_or(rounded + number, 1)
     unit = tl.load(reference) if WHOLE else unit_of(largest)
     if FOLDED:
         unit += 1  # 1.5 * 6 * 2^5 = 288 is the largest byte
@@ -96,7 +105,6 @@ def _quantise_weight_kernel(
     # Cast once per orientation, of values the compiler takes for different (+ 0.0): from the bytes of one cast it
     # builds wrong ones for the other (Triton 3.6.0; the GPU tests compare both).
     y_t = (tl.trans(y) + 0.0).to(tl.float8e4nv)
-    number = row // each  # of the weight among those that stand one below the other
     r = r - number * each
     to = data_t + number.to(tl.int64) * data_t_each
     tl.store(to + c.to(tl.int64)[:, None] * data_t_stride + r[None, :], y_t, mask=inside)
@@ -144,11 +152,15 @@ def quantise_weight(
 
 
 def quantise_weights(
-    weights: Tensor, count: int, operand: Operand, name: str = "weight", nonfinite: NonFinite = "error"
-) -> list[Fp8Weight]:
+    weights: Tensor, count: int, operand: Operand, name: str = "weight", nonfinite: NonFinite = "error",
+    rounded: Tensor | None = None,
+) -> list[Fp8Weight]:  # fmt: skip
     """`quantise_weight` of `count` equal weights that stand one below the other, [count * N, K], in one launch.
 
     Form SQUARE; N is a multiple of 128.
+
+    rounded  int32 [count], contiguous: 1 is written for weights of which bytes have no room for all values, because
+             the block codes of a square, but for blocks of zeros, span more binades than said there.
     """
     rows, k = weights.shape
     n = rows // count
@@ -159,7 +171,7 @@ def quantise_weights(
     data = torch.empty(count, k, n, dtype=torch.float8_e4m3fn, device=weights.device)
     scale = torch.empty(count, down, -(-squares // 4) * 4, dtype=torch.float32, device=weights.device)
     transposed = Fp8Matrix(data, scale, Form.SQUARE, n)
-    _launch(weights, operand, Fp8Weight(forward, transposed), None, name, nonfinite, n)
+    _launch(weights, operand, Fp8Weight(forward, transposed), None, name, nonfinite, n, rounded)
     by_weight = forward.data.view(count, n, -1), _with_padding(forward.scale).view(count, squares, -1), data, scale
     rights = [
         tuple(Blocks(w, [s], SQUARES) for w, s in ((w, s), (w_t, s_t)))
@@ -179,7 +191,7 @@ def _with_padding(scale: Tensor) -> Tensor:
 
 def _launch(
     weight: Tensor, operand: Operand, out: Fp8Weight, unit: Tensor | None, name: str, nonfinite: NonFinite,
-    each: int | None = None,
+    each: int | None = None, rounded: Tensor | None = None,
 ) -> None:  # fmt: skip
     """`each`: rows of one weight where several stand one below the other; `out.transposed` has an axis for them."""
     form = out.forward.form
@@ -194,7 +206,7 @@ def _launch(
     (n, k), forward, transposed = weight.shape, out.forward, out.transposed
     flag = Flag(weight.device, nonfinite)
     _quantise_weight_kernel[(triton.cdiv(k, TILE), triton.cdiv(n, TILE))](
-        weight, weight.stride(0), n, k, flag.pointer, unit,
+        weight, weight.stride(0), n, k, flag.pointer, rounded, unit,
         forward.data, forward.data.stride(0), forward.scale, forward.scale.stride(0),
         transposed.data, transposed.data.stride(-2), transposed.scale, transposed.scale.stride(-2),
         each or triton.cdiv(n, TILE) * TILE, transposed.data.stride(0) if each else 0,

@@ -17,7 +17,7 @@ from mxdist.quant.fallback import choose_tiles, tile_maxima
 from mxdist.quant.kernels import linear as kernels
 from mxdist.quant.kernels.gemm import right
 from mxdist.quant.kernels.plan import Gemm, plan
-from mxdist.quant.kernels.prepared import HopperWeight, prepare_weight, prepare_weights, rounding_squares
+from mxdist.quant.kernels.prepared import HopperWeight, prepare_weight, prepare_weights
 from mxdist.quant.linear import mx_linear, reference_linear
 from mxdist.quant.recipe import Fallback, Macro, Operand, Recipe, get_recipe
 from mxdist.quant.reference import fake_quantise, quantise
@@ -70,7 +70,8 @@ def test_operands_hold_the_values_of_the_packed_form(recipe: Recipe) -> None:
 def test_weights_prepared_together_are_those_prepared_alone(recipe: Recipe) -> None:
     w = torch.cat([matrix(256, 384, seed=seed) for seed in range(3)])
     packed, choice = quantise(w, recipe.w), plan(recipe, 256, 384)
-    together, rounded = prepare_weights(w, 3, recipe, choice, packed, "weight")
+    rounded = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    together = prepare_weights(w, 3, recipe, choice, packed, "weight", rounded)
     assert not rounded.any()
     for index, ours in enumerate(together):
         alone = prepare_weight(w[256 * index :][:256], recipe, choice)
@@ -91,14 +92,16 @@ def test_weights_prepared_together_are_those_prepared_alone(recipe: Recipe) -> N
 
 
 @pytest.mark.parametrize(("binades", "operand"), [(14, Operand()), (11, FOLDED)], ids=["plain", "folded"])
-def test_what_bytes_cannot_hold_is_seen_from_the_codes(binades: int, operand: Operand) -> None:
+def test_what_bytes_cannot_hold_is_seen_as_they_are_made(binades: int, operand: Operand) -> None:
     recipe = Recipe("x", x_fwd=Operand(), w=operand)
     grid = torch.tensor([6.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=DEVICE).repeat(4)
     for extra, wrong in ((0, False), (1, True)):
         w = torch.zeros(256, 128, device=DEVICE)
-        w[:7, :32], w[7, 64:96] = grid, grid * 2.0 ** -(binades + extra)
-        packed = quantise(w, operand)
-        assert rounding_squares(packed).tolist() == [wrong, False]
+        w[135:142, :32], w[142, 64:96] = grid, grid * 2.0 ** -(binades + extra)
+        w[130, 96:128] = grid * 2.0**-140  # not a number that any code has, hence zeros
+        packed, rounded = quantise(w, operand), torch.zeros(2, dtype=torch.int32, device=DEVICE)
+        prepare_weights(w, 2, recipe, plan(recipe, 128, 128), packed, "weight", rounded)
+        assert rounded.tolist() == [False, wrong]
         prepared = prepare_weight(w, recipe, plan(recipe, 256, 128))
         if not wrong or operand == Operand():  # values that a folded factor would miss need not be there
             assert bool(prepared.rounded(packed, torch.float32)) == wrong
@@ -133,7 +136,7 @@ def test_without_gradients_nothing_is_quantised_for_them(monkeypatch: pytest.Mon
 
 def test_where_there_is_no_hopper_gpu_weights_are_prepared_as_values_for_the_reference() -> None:
     x, w, recipe = torch.randn(4, 64), torch.randn(32, 64), get_recipe("mxfp4")
-    for w_q in (backend.prepare_weight(w, recipe), *backend.prepare_weights(w, 1, recipe, quantise(w, recipe.w), "w")):
+    for w_q in (backend.prepare_weight(w, recipe), *backend.quantise_weights(w, 1, recipe).prepared):
         assert isinstance(w_q, torch.Tensor)
         assert torch.equal(w_q, fake_quantise(w, recipe.w))
     assert torch.equal(mx_linear(x, w, w_q, recipe), reference_linear(x, w, w_q, recipe))
