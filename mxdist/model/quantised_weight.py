@@ -203,8 +203,9 @@ def _requantise_together(modules: "Sequence[QuantisedWeight]") -> QuantisedWeigh
         weights = torch.cat(masters) if len(masters) > 1 else masters[0]
         result = quantise_weights(weights, len(modules), recipe, first.name, prepare=first.keeps_prepared)
         fingerprints = first.sums_of_bits(weights, len(modules))
-        for module, *parts in zip(modules, result.packed, result.prepared, fingerprints, strict=True):
-            module.store(*parts)
+        parts = zip(modules, result.packed, result.prepared, fingerprints, strict=True)
+        for module, packed, prepared, fingerprint in parts:
+            module.store(packed, prepared, fingerprint)
     return result
 
 

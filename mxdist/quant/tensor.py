@@ -110,9 +110,12 @@ class MXTensor:
     def split(self, rows: int) -> list[MXTensor]:
         """Views of `rows` along the first axis each, the last of what is left."""
         parts = {key: part.split(rows) for key, part in self.parts().items()}
-        count, rest = len(parts["codes"]), self.shape[1:]
-        columns = [parts.get(key) or [None] * count for key in PART_NAMES]
-        return [MXTensor(*each, (len(each[0]), *rest), self.operand) for each in zip(*columns, strict=True)]
+        views = [dict(zip(parts, each, strict=True)) for each in zip(*parts.values(), strict=True)]
+        absent = dict.fromkeys(PART_NAMES)
+        return [
+            MXTensor(**absent | view, shape=(len(view["codes"]), *self.shape[1:]), operand=self.operand)  # type: ignore[arg-type]
+            for view in views
+        ]
 
 
 def cat_rows(tensors: Sequence[MXTensor]) -> MXTensor:

@@ -131,8 +131,8 @@ def _listed(operand: Operand, frozen: Frozen, k: int, device: torch.device) -> T
 
 
 def _launch(
-    x: Tensor, operand: Operand, seed: int | Draw | None, frozen: Frozen | None, name: str, nonfinite: NonFinite | Tensor,
-    values: Tensor | None = None, parts: dict[str, Tensor] | None = None,
+    x: Tensor, operand: Operand, seed: int | Draw | None, frozen: Frozen | None, name: str,
+    nonfinite: NonFinite | Tensor, values: Tensor | None = None, parts: dict[str, Tensor] | None = None,
 ) -> None:  # fmt: skip
     options = TermOptions.of(operand)
     check_dtype(x, name)
