@@ -46,7 +46,8 @@ from mxdist.quant.kernels import (
 
 CEIL = 0x3FFFFF
 POINTERS = {
-    "x_pointer": "*bf16", "w": "*bf16", "flag": "*i32", "reference": "*i32", "data": "*fp8e4nv", "data_t": "*fp8e4nv",
+    "x_pointer": "*bf16", "w": "*bf16", "flag": "*i32", "rounded": "*i32", "reference": "*i32",
+    "data": "*fp8e4nv", "data_t": "*fp8e4nv",
     "scale": "*fp32", "scale_t": "*fp32", "x": "*bf16", "map": "*i32", "table": "*i32",
     "counts": "*i64", "units": "*fp32", "bias": "*bf16",
     "partial": "*fp32", "finished": "*i32",
