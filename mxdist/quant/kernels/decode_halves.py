@@ -72,7 +72,7 @@ def _elements(byte, SHARES: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.conste
 
 
 @triton.jit
-def _reciprocal(f):
+def reciprocal(f):
     """1 / f for f in [1, 2), perhaps off in the last bit: a division that is not takes eight instructions."""
     if INTERPRETED:
         return 1.0 / f
@@ -86,7 +86,7 @@ def _block_scales(code, byte, METHOD: tl.constexpr, SHARES: tl.constexpr, WIDTH:
     if METHOD == 3:  # as terms.factors
         scale = scale * (1.0 + byte.to(tl.float32) * 0.25)
     elif METHOD != 0:
-        scale = scale * _reciprocal(1.0 + byte.to(tl.float32) * 0.00390625)
+        scale = scale * reciprocal(1.0 + byte.to(tl.float32) * 0.00390625)
     scale = tl.permute(tl.reshape(scale, [SHARES, WIDTH, BLOCKS]), [2, 0, 1])
     return tl.reshape(scale, [BLOCKS * SHARES, WIDTH])[:, :, None]
 
@@ -279,14 +279,12 @@ def multiply_halves(
         scales, residual_scales = (
             None if part is None else part.view(torch.int32) for part in (scales, residual_scales)
         )
-    ahead = shape.ahead if _may_overlap(device) else 0
+    ahead = shape.ahead if may_overlap(device) else 0
     threads, row_bytes = 32 * shape.warps, length // 2
     if ahead == 2 and (table is not None or source.widths[0] < row_bytes or row_bytes * shape.width % (16 * threads)):
         ahead = 1  # the prefetch cuts rows of dense weights evenly, into sixteens of bytes
     values, units = quantise_halves(x, operand, length * split, early=ahead > 0)
     columns, tiles = triton.cdiv(outputs, shape.width), triton.cdiv(rows, height) if table is None else len(table)
-    if split > 1 and columns * tiles > _TILES:
-        raise ValueError(f"a product of {columns * tiles} output tiles is not split: {_TILES} are counted at most.")
     # The interpreter casts to bfloat16 by cutting bits off.
     out = torch.empty(rows, outputs, dtype=torch.float32 if INTERPRETED.value else x.dtype, device=device)
     partial = torch.empty(split, rows, outputs, dtype=torch.float32, device=device) if split > 1 else None
@@ -294,7 +292,8 @@ def multiply_halves(
     _product[(columns, tiles, split)](
         values, values.stride(0), units, table, codes, scales, macro, residual_codes, residual_scales, source.alpha,
         bias, out, partial,
-        _finished(device) if split > 1 else None, rows, outputs, source.widths[0], blocks // unit, source.widths[2],
+        finished(device, columns * tiles) if split > 1 else None,
+        rows, outputs, source.widths[0], blocks // unit, source.widths[2],
         LENGTH=length, SPLIT=split, BM=height, WIDTH=shape.width, SHARES=shape.shares, DEPTH=shape.depth,
         EVEN=blocks * BLOCK == length * split, AHEAD=ahead, THREADS=threads, UNIT=unit, STAGES=shape.stages,
         **constants, num_warps=shape.warps, num_stages=shape.stages, launch_pdl=ahead > 0,
@@ -310,7 +309,7 @@ def cut(shape: Shape, blocks: int) -> tuple[int, int]:
 
 
 @lru_cache
-def _may_overlap(device: torch.device) -> bool:
+def may_overlap(device: torch.device) -> bool:
     """Whether a kernel can be launched before the one ahead of it ends: from Hopper on."""
     return not INTERPRETED.value and torch.cuda.get_device_capability(device) >= (9, 0)
 
@@ -319,11 +318,13 @@ _TILES = 1 << 14
 _counts: dict[torch.device, Tensor] = {}
 
 
-def _finished(device: torch.device) -> Tensor:
-    """Programs that have finished, for every output tile; zero between products, which the last of a tile sees to.
+def finished(device: torch.device, tiles: int) -> Tensor:
+    """Programs that have finished, for each of `tiles` output tiles; zero between products: the last of a tile sees to.
 
     One per device: products that split their contraction must not run on two streams at once.
     """
+    if tiles > _TILES:
+        raise ValueError(f"a product of {tiles} output tiles is not split: {_TILES} are counted at most.")
     counts = _counts.get(device)
     if counts is None:
         counts = torch.zeros(_TILES, dtype=torch.int32, device=device)

@@ -25,6 +25,7 @@ from mxdist.quant.kernels import (
     checksum,
     decode,
     decode_halves,
+    decode_tiles,
     dot_scaled,
     groups,
     packed,
@@ -32,6 +33,7 @@ from mxdist.quant.kernels import (
     quant_both,
     quant_experts,
     quant_halves,
+    quant_lanes,
     quant_norm,
     quant_pairs,
     quant_residual,
@@ -49,6 +51,7 @@ POINTERS = {
     "x_pointer": "*bf16", "w": "*bf16", "flag": "*i32", "rounded": "*i32", "reference": "*i32",
     "data": "*fp8e4nv", "data_t": "*fp8e4nv",
     "scale": "*fp32", "scale_t": "*fp32", "x": "*bf16", "map": "*i32", "table": "*i32",
+    "scale_words": "*i32", "shift_table": "*i32",
     "counts": "*i64", "units": "*fp32", "bias": "*bf16",
     "partial": "*fp32", "finished": "*i32",
     "listed": "*i32", "slots": "*i32", "values": "*bf16", "codes": "*u8", "scales": "*u8", "macro": "*u8",
@@ -166,6 +169,7 @@ def packed_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     for name, constants in (("plain", plain), ("macro and fallback", both)):
         yield f"decode, 64 rows, {name}", decode._decode_values_kernel, constants | shape | {"BM": 64}, decode.WARPS
     yield from halves_cases()
+    yield from tiles_cases()
     yield "tiles of experts", groups._table_of_groups_kernel, {"HEIGHT": 16, "EXPERTS": 128, "TILES": groups._TILES}, 4
     yield "expand", packed._expand_kernel, both | {"ROWS": packed._ROWS, "DEPTH": packed._DEPTH}, packed._WARPS
 
@@ -193,6 +197,19 @@ def halves_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     yield "rows to halves", quant_halves._to_halves, options, quant_halves._WARPS[1]
 
 
+def tiles_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
+    """Products in FP8: of 32 rows, plain and all that weights may have, and of 128."""
+    absent = ("macro", "bias", "partial", "finished")
+    plain = dict.fromkeys(absent) | {"METHOD": 0, "SPLIT": 1, "BM": 32, "WIDTH": 64, "DEEP": 1, "AHEAD": True}
+    plain |= {"STAGES": 4}
+    yield "tiles, 32 rows", decode_tiles._product, plain, 4
+    every = {key: value for key, value in plain.items() if key not in absent}
+    yield "tiles, all", decode_tiles._product, every | {"METHOD": terms.SEARCHED.value, "SPLIT": 4}, 4
+    yield "tiles, 128 rows", decode_tiles._product, plain | {"BM": 128, "WIDTH": 128, "STAGES": 3}, 8
+    options = {"ROWS": quant_lanes._ROWS[1], "CARRY": CEIL, "SATURATE": False, "MACRO_BITS": 8, "EARLY": True}
+    yield "rows to lanes", quant_lanes._to_lanes, options, quant_lanes._WARPS
+
+
 def _halves_shape(constants: Any) -> decode_halves.Shape:
     return decode_halves.shape_of(constants["BM"], 22016, 2048, 1, 132, constants["FALLBACK"])
 
@@ -210,6 +227,8 @@ def compile_kernel(kernel: Any, constants: dict[str, object], warps: int, arch: 
     signature = {name: (POINTERS | NUMBERS).get(name, "i32") for name in names}
     if kernel in (decode_halves._product, quant_halves._to_halves):
         signature["x" if kernel is decode_halves._product else "values"] = "*fp16"
+    if kernel is decode_tiles._product:
+        signature |= {"x": "*fp8e4nv", "x_scale": "*fp32"}
     if kernel is decode_halves._product:
         signature |= {name: "*i32" for name in ("scales", "residual_scales") if name in signature}  # words of four
     for name in ("a_scale", "b_scale"):
@@ -230,6 +249,8 @@ def compile_kernel(kernel: Any, constants: dict[str, object], warps: int, arch: 
         options["num_stages"] = decode.STAGES
     if kernel is decode_halves._product:
         options["num_stages"] = _halves_shape(constants).stages
+    if kernel is decode_tiles._product:
+        options["num_stages"] = constants["STAGES"]
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
     suffix = "-blackwell" if arch >= 100 else ""

@@ -1,0 +1,234 @@
+"""Products with packed weights in FP8: nibbles become E4M3 bytes in registers, 128 elements along K a step.
+
+    y[m, n] = sum over tiles t of a_w[n, t] a_x[m, t] * sum over the tile of w[n, k] x[m, k]
+
+x comes as form TILE of `forms`. Weights are read and expanded once for all the rows of a program: eight nibbles become
+eight bytes with nine integer instructions, their block's scale included, which chooses the table of magnitudes that
+the nibbles are looked up in. Sums are those of an FP8 GEMM on what `unpack` gives: a tile is summed up by the tensor
+cores, which for such operands is exact, and added in float32. The contraction may be split over programs: the last of
+them to finish adds the partial sums, always in one order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mxdist.quant.format import TILE
+from mxdist.quant.kernels import quant_lanes, terms
+from mxdist.quant.kernels.decode_halves import BLOCK, finished, may_overlap, reciprocal
+from mxdist.quant.kernels.device import INTERPRETED, power_of_two, unit_of
+from mxdist.quant.kernels.options import missing_in_packed
+from mxdist.quant.kernels.packed import Source
+from mxdist.quant.kernels.quant_lanes import quantise_lanes
+from mxdist.quant.recipe import Operand
+from mxdist.quant.tensor import MXTensor
+
+# Four bytes of nibbles, $2, and a table of eight E4M3 magnitudes, $3 and $7, to eight bytes, $0 and $1: magnitudes are
+# looked up by the nibbles, four at a time; their signs lie at the top of the bytes of the word and of its quadruple.
+_EXPAND = tl.constexpr(
+    """{
+    .reg .b32 index, first, second, signs, moved;
+    and.b32 index, $2, 0x77777777;
+    prmt.b32 first, $3, $7, index;
+    shr.b32 index, index, 16;
+    prmt.b32 second, $3, $7, index;
+    shl.b32 moved, $2, 4;
+    prmt.b32 signs, moved, $2, 0x5140;
+    lop3.b32 $0, signs, 0x80808080, first, 0xEA;
+    prmt.b32 signs, moved, $2, 0x7362;
+    lop3.b32 $1, signs, 0x80808080, second, 0xEA;
+    }"""
+)
+
+
+@triton.jit
+def tables(shift):
+    """E4M3 magnitudes of 0, 0.5, 1, 1.5 and of 2, 3, 4, 6, times 2^shift, as words; shift is -8..6."""
+    low = 0x3C383000 + shift * 0x08080800
+    low = tl.where(shift < -5, tl.where(shift == -6, 0x0C080400, tl.where(shift == -7, 0x06040200, 0x03020100)), low)
+    high = 0x4C484440 + shift * 0x08080808
+    high = tl.where(shift < -6, tl.where(shift == -7, 0x14100C08, 0x0C080604), high)
+    return low, high
+
+
+@triton.jit
+def _expanded(byte, shift, WIDTH: tl.constexpr):
+    """Values times 2^shift of bytes [WIDTH, 4, 16], a block a line: E4M3 [WIDTH, 128]; float32 for the interpreter.
+
+    Element 32 b + 8 w + 4 h + i of a tile comes to 32 w + 16 h + 4 b + i, where the lane that holds block b needs it.
+    """
+    if INTERPRETED:
+        value = terms.e2m1_values(tl.join(byte & 15, byte >> 4).to(tl.int32))
+        value = tl.reshape(value, [WIDTH, 4, 32]) * power_of_two(tl.maximum(shift + 127, 1))[:, :, None]
+        return tl.reshape(tl.permute(tl.reshape(value, [WIDTH, 4, 4, 2, 4]), [0, 2, 3, 1, 4]), [WIDTH, 128])
+    low, high = tables(shift)
+    low = tl.broadcast_to(low[:, :, None], byte.shape)
+    high = tl.broadcast_to(high[:, :, None], byte.shape)
+    first, second = tl.inline_asm_elementwise(
+        _EXPAND, "=r,=r,r,r,r,r,r,r,r,r,r", [byte, low, high], dtype=(tl.float8e4nv, tl.float8e4nv), is_pure=True,
+        pack=4,
+    )  # fmt: skip
+    words = tl.reshape(tl.join(first, second), [WIDTH, 4, 4, 4, 2])
+    return tl.reshape(tl.permute(words, [0, 2, 4, 1, 3]), [WIDTH, 128])
+
+
+@triton.jit
+def _top(word):
+    """The largest of the four bytes of words."""
+    first = tl.maximum(word & 255, (word >> 8) & 255)
+    return tl.maximum(first, tl.maximum((word >> 16) & 255, (word >> 24) & 255))
+
+
+@triton.jit
+def _factor(unit, byte, METHOD: tl.constexpr):
+    """What bytes of weights are multiplied by: 2^(unit - 127), times the decode factor of a macro byte."""
+    factor = power_of_two(unit)
+    if METHOD == 3:  # as terms.factors
+        return factor * (1.0 + byte.to(tl.float32) * 0.25)
+    if METHOD != 0:
+        return factor * reciprocal(1.0 + byte.to(tl.float32) * 0.00390625)
+    return factor
+
+
+@triton.jit
+def _tile_sums(byte, word, shifts, held, WIDTH: tl.constexpr):
+    """Products over a tile [WIDTH, BM], to be multiplied by both factors; and the weights' units [WIDTH].
+
+    byte  codes [WIDTH, 4, 16];  word  the tile's four E8M0 codes [WIDTH];  shifts  [1, 4], from memory
+    """
+    unit = unit_of(_top(word))
+    w = _expanded(byte, ((word[:, None] >> shifts) & 255) - unit[:, None], WIDTH)
+    if INTERPRETED:
+        return tl.dot(w, tl.trans(held.to(tl.float32)), input_precision="ieee"), unit
+    return tl.dot(w, tl.trans(held)), unit
+
+
+@triton.jit
+def _macro_byte(macro_row, tile, tiles, METHOD: tl.constexpr):
+    """Macro bytes [WIDTH] of a tile; 0 past the end of a row."""
+    if METHOD == 0:
+        return 0
+    else:
+        return tl.load(macro_row + tile, mask=tile < tiles, other=0)
+
+
+@triton.jit(do_not_specialize=["rows", "tiles", "length"])
+def _product(
+    x, x_stride, x_scale, x_scale_stride, codes, scale_words, macro, shift_table, bias, out, partial, finished,
+    rows, outputs, tiles, length,
+    SPLIT: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, DEEP: tl.constexpr, METHOD: tl.constexpr,
+    AHEAD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    first_tile = tl.program_id(2) * length
+    column, r = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH), tl.program_id(1) * BM + tl.arange(0, BM)
+    weight_row = tl.minimum(column, outputs - 1).to(tl.int64)  # beyond the end, any will do
+    shifts = tl.load(shift_table + tl.arange(0, 4))[None, :]  # from memory: Triton then loads all in one layout
+    if AHEAD:
+        gdc_wait()  # all that is read or written from here on may be of the kernel ahead
+        gdc_launch_dependents()  # not sooner: kernels that wait would pile up and take the room of this one
+    n = 16 * tl.arange(0, 4)[None, :, None] + tl.arange(0, 16)[None, None, :]
+    byte_pointers = codes + weight_row[:, None, None] * (tiles * 64) + n
+    word_pointers = scale_words + weight_row * tiles
+    macro_row = macro + weight_row * tiles if METHOD != 0 else codes
+    held_pointers = x + r.to(tl.int64)[:, None] * x_stride + tl.arange(0, 128)[None, :]
+    total = tl.zeros((WIDTH, BM), tl.float32)
+    macro_byte = _macro_byte(macro_row, first_tile, tiles, METHOD)
+    for t in tl.range(first_tile, tl.minimum(first_tile + length, tiles), DEEP, num_stages=STAGES):
+        for i in tl.static_range(DEEP):
+            next_byte = _macro_byte(macro_row, t + i + 1, tiles, METHOD)  # ahead: too few bytes for the pipeline
+            word, byte = tl.load(word_pointers + (t + i)), tl.load(byte_pointers + (t + i) * 64)
+            held = tl.load(held_pointers + (t + i) * 128)
+            x_factor = tl.load(x_scale + (t + i) * x_scale_stride + r)
+            sums, unit = _tile_sums(byte, word, shifts, held, WIDTH)
+            total += sums * (_factor(unit, macro_byte, METHOD)[:, None] * x_factor[None, :])
+            macro_byte = next_byte
+    to, inside = r.to(tl.int64)[None, :] * outputs + column[:, None], (r < rows)[None, :] & (column < outputs)[:, None]
+    if SPLIT > 1:
+        size = rows.to(tl.int64) * outputs
+        tl.store(partial + tl.program_id(2) * size + to, total, mask=inside)
+        tl.debug_barrier()  # all of this program's sums are stored before it says so
+        mine = finished + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(mine, 1, sem="acq_rel") < SPLIT - 1:
+            return
+        tl.store(mine, 0)
+        total = tl.load(partial + to, mask=inside, other=0.0, cache_modifier=".cg")
+        for other in tl.static_range(1, SPLIT):
+            total += tl.load(partial + other * size + to, mask=inside, other=0.0, cache_modifier=".cg")
+    if bias is not None:
+        total += tl.load(bias + column, mask=column < outputs, other=0.0).to(tl.float32)[:, None]
+    tl.store(out + to, total.to(out.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True, slots=True)
+class TileShape:
+    """How a product is cut.
+
+    height  rows of a program: of x
+    width   outputs of a program, 64 for every four warps at least
+    warps   of a program
+    stages  of the pipeline
+    deep    tiles along K of a step
+    split   programs along K
+    ahead   the kernels start before those ahead of them end, and wait for them
+    """
+
+    height: int
+    width: int
+    warps: int
+    stages: int
+    deep: int
+    split: int
+    ahead: bool = False
+
+
+def multiply_tiles(x: Tensor, weight: MXTensor, bias: Tensor | None, operand: Operand, shape: TileShape) -> Tensor:
+    """Return Q(x) W^T + bias [rows, N] of x's dtype, rounded once, for x [rows, K] and W packed [N, K].
+
+    `takes` says for which weights and operands of x.
+    """
+    source, (rows, k), device = Source.of(weight), x.shape, x.device
+    outputs, tiles = weight.shape[0], k // TILE
+    deep = shape.deep if tiles % shape.deep == 0 else 1
+    length = triton.cdiv(tiles // deep, shape.split) * deep
+    split = triton.cdiv(tiles, length)
+    ahead = shape.ahead and may_overlap(device)
+    values, units = quantise_lanes(x, operand, shape.height, early=ahead)
+    columns, heights = triton.cdiv(outputs, shape.width), triton.cdiv(rows, shape.height)
+    # The interpreter casts to bfloat16 by cutting bits off.
+    out = torch.empty(rows, outputs, dtype=torch.float32 if INTERPRETED.value else x.dtype, device=device)
+    partial = torch.empty(split, rows, outputs, dtype=torch.float32, device=device) if split > 1 else None
+    codes, scales, macro, _, _ = source.pointers
+    assert scales is not None
+    _product[(columns, heights, split)](
+        values, k, units, units.stride(0), codes, scales.view(torch.int32), macro, _shifts(device), bias, out, partial,
+        finished(device, columns * heights) if split > 1 else None, rows, outputs, tiles, length,
+        SPLIT=split, BM=shape.height, WIDTH=shape.width, DEEP=deep, METHOD=source.constants["METHOD"], AHEAD=ahead,
+        STAGES=shape.stages, num_warps=shape.warps, num_stages=shape.stages, launch_pdl=ahead,
+    )  # fmt: skip
+    return out.to(x.dtype)
+
+
+def takes(weight: Operand, k: int, x: Operand | None) -> bool:
+    """True when `multiply_tiles` multiplies weights [N, k] of this operand with rows quantised by operand x."""
+    macro = weight.macro is None or weight.macro.size == TILE
+    one_term = weight.block == BLOCK and macro and weight.fallback is None and missing_in_packed(weight) is None
+    return one_term and k % TILE == 0 and x is not None and quant_lanes.takes(x)
+
+
+_shift_tables: dict[torch.device, Tensor] = {}
+
+
+def _shifts(device: torch.device) -> Tensor:
+    """Where each of a word's four codes begins."""
+    table = _shift_tables.get(device)
+    if table is None:
+        table = torch.arange(0, 32, 8, dtype=torch.int32, device=device)
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # a graph would keep it its own
+            _shift_tables[device] = table
+    return table
