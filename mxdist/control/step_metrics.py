@@ -81,7 +81,7 @@ def cost_metrics(
     if peak is not None:
         counted = Counter(lengths)
         flops = 3 * sum(forward_flops(shape.config, shape.vocab_size, n) * count for n, count in counted.items())
-        seconds = max(report.seconds["forward_backward"] for report in reports)
+        seconds = max(report.seconds["forward"] + report.seconds["backward"] for report in reports)
         metrics["perf/mfu/actor"] = flops / (seconds * ranks * peak)
     return metrics
 

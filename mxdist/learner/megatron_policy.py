@@ -100,10 +100,12 @@ class MegatronPolicy(Policy):
             index, part = next(data)
             tokens = torch.from_numpy(part.tokens).to(self._device).unsqueeze(0)  # [1, tokens]
             packing = Packing(part.packed_lengths, self._device, index)
-            output = model(tokens, packing.positions.unsqueeze(0), attention_mask=None, packed_seq_params=packing)
+            with self.forwards.running():
+                output = model(tokens, packing.positions.unsqueeze(0), attention_mask=None, packed_seq_params=packing)
 
             def with_count(logits: Tensor) -> tuple[Tensor, Tensor, Any]:
-                loss, result = finish(part, logits.squeeze(0))
+                with self.forwards.running():
+                    loss, result = finish(part, logits.squeeze(0))
                 return loss, torch.zeros((), dtype=torch.int), result
 
             return output, with_count

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from mxdist.errors import NotFinite
 from mxdist.learner.losses import LossInputs, LossOutput, Objective
 from mxdist.learner.microbatches import MicroBatch, one_micro_batch
+from mxdist.learner.phases import Stopwatch
 from mxdist.learner.scoring import token_scores
 from mxdist.messages import EntropyStatistics, Mean
 from mxdist.model.draws import GradientDraws
@@ -45,6 +46,7 @@ class Policy(ABC):
 
     def __init__(self, model: nn.Module, draws: GradientDraws) -> None:
         self.model = model
+        self.forwards = Stopwatch("forward")
         self._draws = draws
 
     @property
@@ -54,7 +56,8 @@ class Policy(ABC):
 
     @abstractmethod
     def _run(self, parts: Sequence[MicroBatch], finish: Finish, forward_only: bool) -> list[Any]:
-        """One pass over micro-batches; adds to the gradients unless ``forward_only``.
+        """One pass over micro-batches; adds to the gradients unless ``forward_only``. Each forward is a lap of
+        ``forwards``.
 
         Returns:
             The results, on the ranks that have logits; nothing on the others.

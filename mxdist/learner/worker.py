@@ -9,7 +9,6 @@ What they report adds up over all ranks: of those that compute the same sequence
 import contextlib
 import math
 import resource
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ import torch
 
 from mxdist.config.schema import AlgorithmConfig, Config, Supervised
 from mxdist.errors import NotFinite
-from mxdist.learner.losses import get_objective
+from mxdist.learner.losses import Objective, get_objective
 from mxdist.learner.microbatches import (
     ROWS_OF_GPU_KERNELS,
     MicroBatch,
@@ -28,6 +27,7 @@ from mxdist.learner.microbatches import (
     padding_saved,
     rejoin,
 )
+from mxdist.learner.phases import timed
 from mxdist.learner.trace import traced
 from mxdist.messages import EntropyStatistics, LearnerReport, Mean, TrainBatch, Transport, UpdateReport, WeightPayload
 from mxdist.model.linear_names import linear_names
@@ -107,26 +107,42 @@ class LearnerWorker:
     def _update(
         self, batch: TrainBatch, algorithm: AlgorithmConfig | Supervised, learning_rate: float, watch: bool
     ) -> UpdateReport:
-        seconds = dict.fromkeys(("old_logprobs", "forward_backward", "optimizer"), 0.0)
+        seconds = dict.fromkeys(("old_logprobs", "forward", "backward", "optimizer"), 0.0)
         objective = get_objective(algorithm)
         batches = optimizer_batches(batch, algorithm.minibatches)
         shares = [self._micro_batches(rows) for rows in batches]
         old_logprobs: list[list[np.ndarray]] | list[None] = [None] * len(shares)
         if len(shares) > 1:
-            with _timed(seconds, "old_logprobs"):
+            with timed(seconds, "old_logprobs"):
                 old_logprobs = [[piece.logprobs for piece in self._policy.score(share)] for share in shares]
         scored, norms = [], []
         with self._watched(shares[0][0], watch, seconds) as means:
             for share, old in zip(shares, old_logprobs, strict=True):
-                with _timed(seconds, "forward_backward"):
-                    scored += self._policy.accumulate(share, objective, old)
-                with _timed(seconds, "optimizer"):
+                scored += self._accumulate(share, objective, old, seconds)
+                with timed(seconds, "optimizer"):
                     norms.append(self._step(learning_rate))
         entropy = sum((piece.entropy for piece in scored), EntropyStatistics())
         means |= self._means(batches, shares, scored, isinstance(algorithm, Supervised))
         if not self._place.reports:
             entropy = EntropyStatistics()
         return UpdateReport(means, entropy, float(np.mean(norms)), learning_rate, seconds, process_usage())
+
+    def _accumulate(
+        self,
+        share: Sequence[MicroBatch],
+        objective: Objective,
+        old_logprobs: Sequence[np.ndarray] | None,
+        seconds: dict[str, float],
+    ) -> "list[Scored]":
+        """Forward and backward, which alternate: what is not the one is the other."""
+        both = {"forward_backward": 0.0}
+        self._policy.forwards.take()
+        with timed(both, "forward_backward"):
+            scored = self._policy.accumulate(share, objective, old_logprobs)
+        forward = self._policy.forwards.take()
+        seconds["forward"] += forward
+        seconds["backward"] += both["forward_backward"] - forward
+        return scored
 
     def _step(self, learning_rate: float) -> float:
         """The gradients' norm; NaN when the update is left out because they are not finite."""
@@ -178,11 +194,11 @@ class LearnerWorker:
 
         seconds["telemetry"] = 0.0
         telemetry = Telemetry(self._policy, self._backend.owned(), self.shape, self.recipes)
-        with _timed(seconds, "telemetry"):
+        with timed(seconds, "telemetry"):
             telemetry.before_step(first)
         with telemetry.watching_gradients():
             yield means
-        with _timed(seconds, "telemetry"):
+        with timed(seconds, "telemetry"):
             means |= telemetry.after_step()
 
     def export(self, version: int, transport: Transport = "host") -> WeightPayload:
@@ -221,15 +237,3 @@ class LearnerWorker:
         from mxdist.learner import backend
 
         backend.leave(self.config)
-
-
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        with torch.profiler.record_function(phase):  # the phase's name in a trace
-            yield
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # else a phase pays for what the one before it left running
-    finally:
-        seconds[phase] += time.perf_counter() - start

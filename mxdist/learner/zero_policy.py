@@ -72,10 +72,11 @@ class ZeroPolicy(Policy):
             tokens = torch.from_numpy(part.tokens).to(self._device).unsqueeze(0)  # [1, tokens]
             packing = PackedSequences(part.packed_lengths, self._device, index)
             self.engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
-            output = self.engine(
-                input_ids=tokens, position_ids=packing.positions.unsqueeze(0), use_cache=False, packing=packing
-            )
-            loss, result = finish(part, output.logits.squeeze(0))
+            with self.forwards.running():
+                output = self.engine(
+                    input_ids=tokens, position_ids=packing.positions.unsqueeze(0), use_cache=False, packing=packing
+                )
+                loss, result = finish(part, output.logits.squeeze(0))
             if not forward_only:
                 self.engine.backward(loss * ranks)
             results.append(result)

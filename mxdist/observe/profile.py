@@ -11,7 +11,8 @@ PHASES = (
     "rollout",
     "reward",
     "old log-probs",
-    "forward/backward",
+    "forward",
+    "backward",
     "optimizer",
     "telemetry",
     "sync",
@@ -20,7 +21,8 @@ PHASES = (
 )
 LEARNER_PHASES = {
     "old log-probs": "timing_s/old_logprobs",
-    "forward/backward": "timing_s/forward_backward",
+    "forward": "timing_s/forward",
+    "backward": "timing_s/backward",
     "optimizer": "timing_s/optimizer",
     "telemetry": "timing_s/telemetry",
 }
@@ -72,7 +74,7 @@ def measure(recipe: str, lines: Sequence[Mapping[str, float]], gpus: float) -> S
     if gpus:
         rates["tokens/s/GPU"] = rates["tokens/s"] / gpus
     rates["sampled tokens/s"] = total("perf/response_tokens") / total("timing_s/generate")
-    rates["learner tokens/s"] = total("perf/tokens") / total("timing_s/forward_backward")
+    rates["learner tokens/s"] = total("perf/tokens") / (total("timing_s/forward") + total("timing_s/backward"))
     if all("perf/mfu/actor" in line for line in lines):
         rates[MFU] = 100 * fmean(line["perf/mfu/actor"] for line in lines)
     amounts = {
