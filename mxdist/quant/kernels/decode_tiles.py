@@ -20,10 +20,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxdist.quant.format import TILE
-from mxdist.quant.kernels import quant_lanes, terms
-from mxdist.quant.kernels.decode_halves import BLOCK, finished, may_overlap, reciprocal
+from mxdist.quant.kernels import terms
+from mxdist.quant.kernels.decode_halves import finished, may_overlap, reciprocal
 from mxdist.quant.kernels.device import INTERPRETED, power_of_two, unit_of
-from mxdist.quant.kernels.options import missing_in_packed
 from mxdist.quant.kernels.packed import Source
 from mxdist.quant.kernels.quant_lanes import quantise_lanes
 from mxdist.quant.recipe import Operand
@@ -58,24 +57,40 @@ def tables(shift):
 
 
 @triton.jit
-def _expanded(byte, shift, WIDTH: tl.constexpr):
-    """Values times 2^shift of bytes [WIDTH, 4, 16], a block a line: E4M3 [WIDTH, 128]; float32 for the interpreter.
-
-    Element 32 b + 8 w + 4 h + i of a tile comes to 32 w + 16 h + 4 b + i, where the lane that holds block b needs it.
-    """
-    if INTERPRETED:
-        value = terms.e2m1_values(tl.join(byte & 15, byte >> 4).to(tl.int32))
-        value = tl.reshape(value, [WIDTH, 4, 32]) * power_of_two(tl.maximum(shift + 127, 1))[:, :, None]
-        return tl.reshape(tl.permute(tl.reshape(value, [WIDTH, 4, 4, 2, 4]), [0, 2, 3, 1, 4]), [WIDTH, 128])
-    low, high = tables(shift)
-    low = tl.broadcast_to(low[:, :, None], byte.shape)
-    high = tl.broadcast_to(high[:, :, None], byte.shape)
+def _words(byte, low, high):
+    """Eight elements of every four bytes [ROWS, N] by their block's tables [ROWS]: E4M3 [ROWS, N / 4, 2, 4]."""
+    low, high = tl.broadcast_to(low[:, None], byte.shape), tl.broadcast_to(high[:, None], byte.shape)
     first, second = tl.inline_asm_elementwise(
         _EXPAND, "=r,=r,r,r,r,r,r,r,r,r,r", [byte, low, high], dtype=(tl.float8e4nv, tl.float8e4nv), is_pure=True,
         pack=4,
     )  # fmt: skip
-    words = tl.reshape(tl.join(first, second), [WIDTH, 4, 4, 4, 2])
-    return tl.reshape(tl.permute(words, [0, 2, 4, 1, 3]), [WIDTH, 128])
+    words = tl.reshape(tl.join(first, second), [byte.shape[0], byte.shape[1] // 4, 4, 2])
+    return tl.permute(words, [0, 1, 3, 2])
+
+
+@triton.jit
+def expanded(byte, shift):
+    """Values times 2^shift of bytes [ROWS, N], with a shift a line: E4M3 [ROWS, 2 N]; float32 for the interpreter.
+
+    For shifts of -8 to 6; zeros remain so with any.
+    """
+    if INTERPRETED:
+        value = tl.reshape(
+            terms.e2m1_values(tl.join(byte & 15, byte >> 4).to(tl.int32)), [byte.shape[0], 2 * byte.shape[1]]
+        )
+        return value * power_of_two(tl.maximum(shift + 127, 1))[:, None]
+    low, high = tables(shift)
+    return tl.reshape(_words(byte, low, high), [byte.shape[0], 2 * byte.shape[1]])
+
+
+@triton.jit
+def _expanded_tiles(byte, shift, WIDTH: tl.constexpr):
+    """As `expanded`, of bytes [WIDTH, 4, 16], a block a line, and shifts [WIDTH, 4]: [WIDTH, 128].
+
+    Element 32 b + 8 w + 4 h + i of a tile comes to 32 w + 16 h + 4 b + i, where the lane that holds block b needs it.
+    """
+    blocks = expanded(tl.reshape(byte, [WIDTH * 4, 16]), tl.reshape(shift, [WIDTH * 4]))
+    return tl.reshape(tl.permute(tl.reshape(blocks, [WIDTH, 4, 4, 2, 4]), [0, 2, 3, 1, 4]), [WIDTH, 128])
 
 
 @triton.jit
@@ -103,7 +118,7 @@ def _tile_sums(byte, word, shifts, held, WIDTH: tl.constexpr):
     byte  codes [WIDTH, 4, 16];  word  the tile's four E8M0 codes [WIDTH];  shifts  [1, 4], from memory
     """
     unit = unit_of(_top(word))
-    w = _expanded(byte, ((word[:, None] >> shifts) & 255) - unit[:, None], WIDTH)
+    w = _expanded_tiles(byte, ((word[:, None] >> shifts) & 255) - unit[:, None], WIDTH)
     if INTERPRETED:
         return tl.dot(w, tl.trans(held.to(tl.float32)), input_precision="ieee"), unit
     return tl.dot(w, tl.trans(held)), unit
@@ -187,10 +202,20 @@ class TileShape:
     ahead: bool = False
 
 
+def tile_shape_of(rows: int, outputs: int, tiles: int, multiprocessors: int) -> TileShape:
+    """The shape for x [rows, 128 tiles] and W [outputs, 128 tiles]: the fastest on an H200, or close to it."""
+    height = max(16, min(128, triton.next_power_of_2(rows)))
+    width, warps, stages = (128, 8, 3) if height == 128 else (64, 4, 4)
+    programs = triton.cdiv(outputs, width) * triton.cdiv(rows, height)
+    split = max(1, min(multiprocessors // programs, tiles // 4))
+    # Programs that wait take the place of those whose sums others wait for.
+    return TileShape(height, width, warps, stages, deep=1, split=split, ahead=split == 1)
+
+
 def multiply_tiles(x: Tensor, weight: MXTensor, bias: Tensor | None, operand: Operand, shape: TileShape) -> Tensor:
     """Return Q(x) W^T + bias [rows, N] of x's dtype, rounded once, for x [rows, K] and W packed [N, K].
 
-    `takes` says for which weights and operands of x.
+    `options.runs_in_tiles` says for which weights and operands of x.
     """
     source, (rows, k), device = Source.of(weight), x.shape, x.device
     outputs, tiles = weight.shape[0], k // TILE
@@ -212,13 +237,6 @@ def multiply_tiles(x: Tensor, weight: MXTensor, bias: Tensor | None, operand: Op
         STAGES=shape.stages, num_warps=shape.warps, num_stages=shape.stages, launch_pdl=ahead,
     )  # fmt: skip
     return out.to(x.dtype)
-
-
-def takes(weight: Operand, k: int, x: Operand | None) -> bool:
-    """True when `multiply_tiles` multiplies weights [N, k] of this operand with rows quantised by operand x."""
-    macro = weight.macro is None or weight.macro.size == TILE
-    one_term = weight.block == BLOCK and macro and weight.fallback is None and missing_in_packed(weight) is None
-    return one_term and k % TILE == 0 and x is not None and quant_lanes.takes(x)
 
 
 _shift_tables: dict[torch.device, Tensor] = {}

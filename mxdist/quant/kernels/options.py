@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mxdist.quant.format import SCALE_CARRY
+from mxdist.quant.format import SCALE_CARRY, TILE
 from mxdist.quant.philox import Draw
 from mxdist.quant.recipe import Operand, ScaleRule
 from mxdist.quant.scaling import saturates
@@ -115,6 +115,18 @@ def missing_in_terms(operand: Operand) -> str | None:
 
 DECODE_ROWS = 64
 """Rows, or rows of an expert, up to which `decode` multiplies; with more, reading weights is no longer what counts."""
+
+TILE_ROWS = 256
+"""Rows up to which the FP8 kernel of `decode_tiles` multiplies what `runs_in_tiles`; with more, unpacking pays."""
+
+
+def runs_in_tiles(weight: Operand, k: int, x: Operand | None) -> bool:
+    """True when `decode_tiles` multiplies packed weights [N, k] of this operand with rows quantised by operand x."""
+    if x is None or x.rounding != "nearest" or x.hadamard != "none" or missing_feature(x) is not None:
+        return False
+    macro = weight.macro is None or weight.macro.size == TILE
+    one_term = weight.block == 32 and macro and weight.fallback is None and missing_in_packed(weight) is None
+    return one_term and k % TILE == 0
 
 
 def missing_in_packed(operand: Operand) -> str | None:

@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxdist.quant.format import TILE
 from mxdist.quant.kernels.device import encode, scale_of, tile_scales, unit_of
-from mxdist.quant.kernels.options import missing_feature, options_of
+from mxdist.quant.kernels.options import options_of
 from mxdist.quant.recipe import Operand
 
 _ROWS, _WARPS = (2, 8), 2
@@ -46,18 +46,12 @@ def _to_lanes(
     tl.store(scale + tile.to(tl.int64) * scale_stride + r, value, mask=there)
 
 
-def takes(operand: Operand) -> bool:
-    """True when `quantise_lanes` can quantise with this operand."""
-    plain = operand.rounding == "nearest" and operand.hadamard == "none"
-    return plain and missing_feature(operand) is None
-
-
 def quantise_lanes(x: Tensor, operand: Operand, height: int, early: bool = False) -> tuple[Tensor, Tensor]:
     """Return (bytes float8_e4m3fn [padded, K], scales float32 [tiles, padded]) of x [rows, K], K whole tiles.
 
-    Rows are padded to a multiple of `height`; what lies there is not written. NaN and Inf make their block NaN. `takes`
-    says which operands. An early kernel starts before the one ahead of it ends, waits for it, and lets the next one do
-    the same.
+    Rows are padded to a multiple of `height`; what lies there is not written. NaN and Inf make their block NaN.
+    `options.runs_in_tiles` says which operands. An early kernel starts before the one ahead of it ends, waits for it,
+    and lets the next one do the same.
     """
     (rows, k), options = x.shape, options_of(operand)
     padded, tiles = triton.cdiv(rows, height) * height, k // TILE

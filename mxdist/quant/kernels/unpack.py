@@ -7,6 +7,7 @@ import triton.language as tl
 
 from mxdist.quant.format import E8M0_NAN, TILE
 from mxdist.quant.kernels import terms
+from mxdist.quant.kernels.decode_tiles import expanded
 from mxdist.quant.kernels.device import power_of_two, unit_of
 from mxdist.quant.kernels.forms import Form, Fp8Matrix, empty_tiles
 from mxdist.quant.kernels.options import METHODS
@@ -14,30 +15,37 @@ from mxdist.quant.layout import as_rows
 from mxdist.quant.reference import NonFinite
 from mxdist.quant.tensor import MXTensor
 
-_ROWS, _WARPS = 64, 4
+_ROWS, _TILES, _WARPS = 32, 4, 4
+"""Rows and tiles along K of a program, and its warps."""
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _unpack_kernel(
-    codes, code_width, scales, scale_width, macro, macro_width, rows, data, data_stride, scale, scale_stride,
-    METHOD: tl.constexpr, ROWS: tl.constexpr,
+    codes, code_width, scales, scale_width, macro, macro_width, rows, tiles, data, data_stride, scale, scale_stride,
+    METHOD: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    tile, r = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    far, inside = r.to(tl.int64), (r < rows)[:, None]
-    n, b, c = tile * 64 + tl.arange(0, 64), tile * 4 + tl.arange(0, 4), tile * 128 + tl.arange(0, 128)
-    packed = tl.load(codes + far[:, None] * code_width + n[None, :], mask=inside & (n < code_width)[None, :], other=0)
-    present = inside & (b < scale_width)[None, :]
-    code = tl.load(scales + far[:, None] * scale_width + b[None, :], mask=present, other=1).to(tl.int32)
-    unit = unit_of(tl.max(code, axis=1))
-    value = terms.e2m1_values(tl.join(packed & 15, packed >> 4).to(tl.int32))  # [ROWS, 64, 2]
-    power = power_of_two(tl.maximum(code - unit[:, None] + 127, 1))
-    y = tl.reshape(tl.reshape(value, [ROWS, 4, 32]) * power[:, :, None], [ROWS, 128])
-    tl.store(data + far[:, None] * data_stride + c[None, :], y.to(tl.float8e4nv), mask=inside)
-    decoded = power_of_two(unit)
+    # A thread reads eight bytes and writes sixteen, so that a warp writes whole lines.
+    first, r = tl.program_id(0) * TILES, tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    far, inside, piece = r.to(tl.int64), r < rows, 8 * first + tl.arange(0, 8 * TILES)
+    n = (8 * piece)[None, :, None] + tl.arange(0, 8)[None, None, :]
+    byte = tl.load(
+        codes + far[:, None, None] * code_width + n, mask=inside[:, None, None] & (n < code_width), other=0
+    )  # fmt: skip
+    there = inside[:, None] & (piece // 2 < scale_width)[None, :]
+    code = tl.load(scales + far[:, None] * scale_width + (piece // 2)[None, :], mask=there, other=1).to(tl.int32)
+    code = tl.reshape(code, [ROWS, TILES, 8])
+    unit = unit_of(tl.max(code, axis=2))
+    shift = tl.reshape(code - unit[:, :, None], [ROWS * 8 * TILES])
+    y = tl.reshape(expanded(tl.reshape(byte, [ROWS * 8 * TILES, 8]), shift), [ROWS, 8 * TILES, 16])
+    c = (16 * piece)[None, :, None] + tl.arange(0, 16)[None, None, :]
+    kept = inside[:, None, None] & (piece < 8 * tiles)[None, :, None]
+    tl.store(data + far[:, None, None] * data_stride + c, y.to(tl.float8e4nv), mask=kept)
+    decoded, tile = power_of_two(unit), first + tl.arange(0, TILES)
+    present = inside[:, None] & (tile < tiles)[None, :]
     if METHOD != terms.NO_FACTOR:
-        byte = tl.load(macro + far * macro_width + tile, mask=r < rows, other=0).to(tl.int32)
-        decoded = decoded * terms.factors(byte, METHOD)[1]
-    tl.store(scale + tile.to(tl.int64) * scale_stride + r, decoded, mask=r < rows)
+        own = macro + far[:, None] * macro_width + tile[None, :]
+        decoded = decoded * terms.factors(tl.load(own, mask=present, other=0).to(tl.int32), METHOD)[1]
+    tl.store(scale + tile.to(tl.int64)[None, :] * scale_stride + r[:, None], decoded, mask=present)
 
 
 def unpack(mx: MXTensor, nonfinite: NonFinite = "error") -> Fp8Matrix:
@@ -53,12 +61,12 @@ def unpack(mx: MXTensor, nonfinite: NonFinite = "error") -> Fp8Matrix:
         raise ValueError("a tensor with NaN blocks cannot be converted to E4M3.")
     codes, scales = as_rows(mx.codes), as_rows(mx.scales)
     macro = None if mx.macro is None else as_rows(mx.macro)
-    rows = codes.shape[0]
+    rows, tiles = codes.shape[0], triton.cdiv(k, TILE)
     out = empty_tiles(rows, k, Form.TILE, codes.device, operand.hadamard != "none")
     if out.data.numel():
-        _unpack_kernel[(triton.cdiv(k, TILE), triton.cdiv(rows, _ROWS))](
-            codes, codes.shape[1], scales, scales.shape[1], macro, 0 if macro is None else macro.shape[1], rows,
+        _unpack_kernel[(triton.cdiv(tiles, _TILES), triton.cdiv(rows, _ROWS))](
+            codes, codes.shape[1], scales, scales.shape[1], macro, 0 if macro is None else macro.shape[1], rows, tiles,
             out.data, out.data.stride(0), out.scale, out.scale.stride(1),
-            METHOD=METHODS[operand.macro.method] if operand.macro else 0, ROWS=_ROWS, num_warps=_WARPS,
+            METHOD=METHODS[operand.macro.method] if operand.macro else 0, ROWS=_ROWS, TILES=_TILES, num_warps=_WARPS,
         )  # fmt: skip
     return out

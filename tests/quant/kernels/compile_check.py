@@ -149,7 +149,12 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     normed = plain | {"ROWS": rows, "COLS": columns, "RANDOM": False}
     yield "norm", quant_norm._quantise_norm_kernel, normed | {"MACRO_BITS": 0}, warps
     yield "norm, macro factors", quant_norm._quantise_norm_kernel, normed | {"MACRO_BITS": 8}, warps
-    yield "unpacked", unpack._unpack_kernel, {"METHOD": terms.STATIC.value, "ROWS": 64}, 4
+    yield (
+        "unpacked",
+        unpack._unpack_kernel,
+        {"METHOD": terms.STATIC.value, "ROWS": unpack._ROWS, "TILES": unpack._TILES},
+        unpack._WARPS,
+    )
     rows, warps = quant_residual.SHAPE
     one = plain | {"ROWS": rows, "RANDOM": False, "LISTED": True, "BITS": 8, "METHOD": terms.STATIC.value}
     yield "listed tiles", quant_residual._quantise_residual_kernel, one, warps
@@ -243,7 +248,7 @@ def compile_kernel(kernel: Any, constants: dict[str, object], warps: int, arch: 
     multiples = sizes | {n for n in names if signature[n].startswith("*")}
     aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in multiples}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
-    fused = "METHOD" not in constants or kernel is decode_halves._product
+    fused = "METHOD" not in constants or kernel in (decode_halves._product, decode_tiles._product)
     options = {"num_warps": warps, "enable_fp_fusion": fused}  # as launched
     if kernel is decode._decode_values_kernel:
         options["num_stages"] = decode.STAGES

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from mxdist.quant.kernels import decode_tiles
 from mxdist.quant.kernels.decode_tiles import TileShape, multiply_tiles
+from mxdist.quant.kernels.options import runs_in_tiles
 from mxdist.quant.kernels.quant_lanes import quantise_lanes
 from mxdist.quant.kernels.quant_tiles import quantise_tiles
 from mxdist.quant.recipe import Fallback, Operand, get_recipe
@@ -82,7 +83,7 @@ def test_products_are_those_of_the_references_values(
 ) -> None:
     (operand, own), (outputs, k) = operands(recipe), size
     x, weight = matrix(rows, k), packed(outputs, k, own)
-    assert decode_tiles.takes(own, k, operand)
+    assert runs_in_tiles(own, k, operand)
     x_q, values = fake_quantise(x, operand).double(), weight.dequantise(torch.float32).double()
     sums = 2.0**-20 * (x_q.abs() @ values.abs().t())  # rounding of float32 sums of tiles
     for bias in (None, torch.randn(outputs, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)):
@@ -94,9 +95,9 @@ def test_products_are_those_of_the_references_values(
 
 def test_two_terms_partial_tiles_and_rotated_rows_are_left_to_others() -> None:
     plain = Operand()
-    assert decode_tiles.takes(plain, 256, plain)
-    assert not decode_tiles.takes(Operand(fallback=Fallback(alpha=0.3)), 256, plain)
-    assert not decode_tiles.takes(Operand(block=16), 256, plain)
-    assert not decode_tiles.takes(plain, 320, plain)
-    assert not decode_tiles.takes(plain, 256, None)
-    assert not decode_tiles.takes(plain, 256, Operand(hadamard="plain"))
+    assert runs_in_tiles(plain, 256, plain)
+    assert not runs_in_tiles(Operand(fallback=Fallback(alpha=0.3)), 256, plain)
+    assert not runs_in_tiles(Operand(block=16), 256, plain)
+    assert not runs_in_tiles(plain, 320, plain)
+    assert not runs_in_tiles(plain, 256, None)
+    assert not runs_in_tiles(plain, 256, Operand(hadamard="plain"))
