@@ -66,11 +66,11 @@ def random_signs(draw: Draw, width: int, device: torch.device) -> Tensor:
     return torch.where(uniform(whole_row, SIGNS, 1, width, width, device)[0] < 0.5, 1.0, -1.0)
 
 
-def philox(seed: int, counter: Tensor, stream: int, purpose: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(seed: int | Tensor, counter: Tensor, stream: int, purpose: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the four 32-bit words (int64 tensors in [0, 2^32)) of Philox 4x32-10.
 
     The key is the seed's two halves; the counter words are the low and high half of `counter` (int64, >= 0), stream
-    and purpose.
+    and purpose. Several seeds are an int64 tensor that broadcasts with the counter.
     """
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     c0, c1 = counter & _WORD, counter >> 32

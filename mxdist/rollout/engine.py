@@ -29,6 +29,7 @@ from mxdist.model.shape import ModelShape
 from mxdist.rollout import vllm_plugin
 from mxdist.rollout.products import graph_sizes
 from mxdist.rollout.rank import Rank, RankExtension, Refusal
+from mxdist.rollout.sampler import SEED
 
 KV_BLOCK = 32
 """Tokens in a block of the KV cache; the smallest the CPU attention takes, so that short prompts share blocks too."""
@@ -213,7 +214,7 @@ def sampling_params(temperature: float, max_tokens: int, stop_token_ids: Sequenc
         temperature=temperature,
         max_tokens=max_tokens,
         stop_token_ids=list(stop_token_ids),
-        seed=seed if temperature else None,
+        extra_args={SEED: seed},
         logprobs=0,  # of the sampled token alone
         flat_logprobs=True,
         detokenize=False,

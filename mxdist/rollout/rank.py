@@ -21,6 +21,7 @@ from mxdist.model.recipes import ModelRecipes
 from mxdist.observe.usage import process_usage
 from mxdist.rollout import slots
 from mxdist.rollout.loading import Arrived, WeightLoader
+from mxdist.rollout.sampler import SeededSampler
 from mxdist.sync.payload import PartSums
 from mxdist.sync.shared import device_place
 
@@ -90,10 +91,11 @@ class Rank:
 
 
 class RankExtension:
-    """vLLM's worker, with a `Rank` beside its model."""
+    """vLLM's worker, with a `Rank` beside its model and a sampler of ours."""
 
     def rank_open(self: Any, vocab_size: int, recipes: ModelRecipes) -> None:
         self._mxdist_rank = Rank(self.get_model(), vocab_size, recipes)
+        self.model_runner.sampler = SeededSampler(self.model_runner)
 
     # Not vLLM's own sleep and wake_up: those fail when another process of the GPU takes memory meanwhile.
 

@@ -45,6 +45,7 @@ from mxdist.quant.kernels import (
     terms,
     unpack,
 )
+from mxdist.rollout import sampling_kernel
 
 CEIL = 0x3FFFFF
 POINTERS = {
@@ -61,6 +62,8 @@ POINTERS = {
     "buffer": "*i16", "pieces": "*i64", "sums": "*i64",
     "h": "*bf16", "gradient": "*bf16", "filled": "*bf16", "cos": "*bf16", "sin": "*bf16", "logits": "*bf16",
     "places": "*i64", "tokens": "*i64", "shift": "*fp32",
+    "temperatures": "*fp32", "seeds": "*i64", "positions": "*i64", "found": "*fp32", "best_words": "*i32",
+    "drawn": "*i32", "logprobs": "*fp32",
 }  # fmt: skip
 NUMBERS = {
     "alpha": "fp32",
@@ -200,6 +203,8 @@ def halves_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
         "FALLBACK": True,
     }
     yield "rows to halves", quant_halves._to_halves, options, quant_halves._WARPS[1]
+    yield "sampling, pieces", sampling_kernel._look, {"PIECE": sampling_kernel.PIECE}, sampling_kernel.WARPS
+    yield "sampling, rows", sampling_kernel._decide, {"PIECES": 128}, 1
 
 
 def tiles_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
