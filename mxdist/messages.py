@@ -58,23 +58,34 @@ class RolloutRequest:
     noise: Noise
 
 
+VersionRuns = tuple[tuple[int, int], ...]
+"""(version of the weights, how many tokens it drew), in the order of the tokens."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One sampled answer."""
 
     tokens: np.ndarray  # int64 [response]
-    logprobs: np.ndarray  # float32 [response], of the sampled tokens under the sampling distribution
+    logprobs: np.ndarray  # float32 [response], of the sampled tokens under the distribution each was drawn from
     finished: bool  # False when the answer was cut off at max_new_tokens
+    drawn_by: VersionRuns = ()  # empty: all by the version of its group
 
 
 @dataclass(frozen=True)
 class Group:
-    """All answers to one prompt, sampled with one version of the weights."""
+    """All answers to one prompt."""
 
     prompt: Prompt
     samples: tuple[Sample, ...]
-    policy_version: int
+    policy_version: int  # of the weights: the oldest that drew a token of it
     sigma: float
+
+    def token_versions(self) -> np.ndarray:
+        """int64 [tokens of all samples]: the version that drew each token."""
+        runs = [run for s in self.samples for run in s.drawn_by or ((self.policy_version, len(s.tokens)),)]
+        versions, counts = zip(*runs, strict=True)
+        return np.repeat(np.array(versions, dtype=np.int64), counts)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from mxdist.config.layout import BLOCK, MACRO_BLOCK, check_engine_layout, check_layout
+from mxdist.config.turns import check_turns
 
 PositiveSeconds = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -329,6 +330,12 @@ class SyncConfig(Section):
         "them (CUDA IPC; GPUs of one host). host: through Ray's object store, over any network. auto: ipc on a machine "
         "where it works, otherwise host.",
     )
+    update: Literal["drained", "in_flight"] = Field(
+        "drained",
+        description="drained: an engine finishes the batches it was given before. in_flight: it goes on with the new "
+        "weights between two tokens, so that answers are less stale; which tokens they draw is a matter of time, and "
+        "two runs of one seed differ. Needs rollout.max_lag of at least 1.",
+    )
 
 
 class RewardConfig(Section):
@@ -463,7 +470,7 @@ class Config(Section):
                 f"bf16_layers.first={self.bf16_layers.first} and bf16_layers.last={self.bf16_layers.last} are more "
                 f"than model.num_hidden_layers={self.model.num_hidden_layers}; lower them, or set recipe=bf16"
             )
-        self._check_sleep()
+        check_turns(self)
         if self.context > self.model.max_position_embeddings:
             raise ValueError(
                 f"rollout.max_context={self.context} is beyond model.max_position_embeddings="
@@ -475,24 +482,3 @@ class Config(Section):
                 f"{self.context_key}={self.context}; lower the first"
             )
         return self
-
-    def _check_sleep(self) -> None:
-        if not self.rollout.sleep:
-            return
-        if not (0 < self.rollout.gpus_per_worker < 1 and 0 < self.learner.gpus_per_rank < 1):
-            raise ValueError(
-                f"rollout.sleep=true frees a GPU that learner and engine share, and learner.gpus_per_rank="
-                f"{self.learner.gpus_per_rank:g} with rollout.gpus_per_worker={self.rollout.gpus_per_worker:g} share "
-                f"none; set both between 0 and 1, or rollout.sleep=false"
-            )
-        if self.rollout.max_lag:
-            raise ValueError(
-                f"rollout.sleep=true does not go with rollout.max_lag={self.rollout.max_lag}, where engines sample "
-                f"while the learner updates; set one of them to its default"
-            )
-        if self.algorithm.prompts_per_step < self.rollout.workers:
-            raise ValueError(
-                f"rollout.sleep=true lets an engine sleep after it has sampled, and algorithm.prompts_per_step="
-                f"{self.algorithm.prompts_per_step} leaves some of rollout.workers={self.rollout.workers} nothing to "
-                f"sample; set fewer workers"
-            )

@@ -115,7 +115,8 @@ class Collector:
     """Keeps ``rollout.max_lag`` batches sampled ahead of the learner, and hands out the oldest.
 
     Batch t is submitted once the weights of version t - max_lag are on their way to the engines. Engines run calls in
-    order, so no answer is ever staler than that; with max_lag 0 the loop is synchronous.
+    order, so no token is ever staler than that; with max_lag 0 the loop is synchronous. Weights that engines take in
+    flight only make tokens fresher.
     """
 
     config: Config

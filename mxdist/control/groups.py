@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ class RolloutPool:
     def __init__(self, workers: Sequence[Worker], supervisor: Supervisor) -> None:
         self._workers = list(workers)
         self._supervisor = supervisor
+        self._tickets = count()
 
     def start(self) -> list[Call]:
         return [worker.call(lambda process: process.call("start", "start"), "engine") for worker in self._workers]
@@ -82,6 +84,21 @@ class RolloutPool:
         doing = f"sync of weights version {version}"
         return [
             worker.call(lambda process: process.call_with_list(doing, "load_weights", payloads), "weights")
+            for worker in self._workers
+        ]
+
+    def load_weights_in_flight(self, payloads: Sequence["ray.ObjectRef"], version: int) -> list[Call]:
+        """As ``load_weights``, but a worker that is sampling when they come goes on with them.
+
+        They are offered at once, and in their turn loaded by a worker that has not taken them: so what is sampled
+        after a sync is sampled with its weights or later ones. A process that takes the place of one that died is not
+        offered them, and loads them in their turn.
+        """
+        doing, ticket = f"sync of weights version {version}", next(self._tickets)
+        for worker in self._workers:
+            worker.aside(lambda process: process.call_aside("offer_weights", payloads, ticket))
+        return [
+            worker.call(lambda process: process.call_with_list(doing, "load_offered", payloads, ticket), "weights")
             for worker in self._workers
         ]
 

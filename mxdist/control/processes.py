@@ -31,6 +31,7 @@ from mxdist.model.shape import ModelShape
 
 START_ATTEMPTS = 2
 LEARNER_NAME = "learner rank"
+ASIDE = "aside"
 LEARNER = "mxdist.learner.worker:LearnerWorker"
 ROLLOUT = "mxdist.rollout.worker:RolloutWorker"
 REWARD = "mxdist.tasks.reward_worker:RewardWorker"
@@ -75,9 +76,10 @@ class WorkerProcess:
         with explained(self._worker, method):
             return getattr(self._worker, method)(*arguments)
 
-    def call_with_list(self, method: str, *items: Any) -> Any:
-        """Call ``method`` with one list. Ray resolves references only when they are arguments of their own."""
-        return self.call(method, list(items))
+    def call_with_list(self, method: str, leading: tuple[Any, ...], *items: Any) -> Any:
+        """Call ``method`` with ``leading`` and one list. Ray resolves references only when they are arguments of
+        their own."""
+        return self.call(method, *leading, list(items))
 
     def rendezvous(self, wanted_port: int) -> str | None:
         """See ``control.network.rendezvous``."""
@@ -88,15 +90,22 @@ class WorkerProcess:
 class Process:
     """The controller's side of one ``WorkerProcess``. Its calls carry its name, for messages."""
 
-    def __init__(self, name: str, cpus: float, gpus: float, stacks_file: Path, where: Where = "DEFAULT") -> None:
-        """Ask Ray for it. ``stacks_file``: where it writes its Python stacks when it is asked to."""
+    def __init__(
+        self, name: str, cpus: float, gpus: float, stacks_file: Path, where: Where = "DEFAULT", aside: bool = False
+    ) -> None:
+        """Ask Ray for it.
+
+        Args:
+            stacks_file: where it writes its Python stacks when it is asked to.
+            aside: it takes ``call_aside``.
+        """
         self.name = name
         self.stacks = stacks_file
         stacks_file.unlink(missing_ok=True)  # of an earlier process of this name
-        self._actor = (
-            ray.remote(WorkerProcess)
-            .options(num_cpus=cpus, num_gpus=gpus, max_restarts=0, scheduling_strategy=where)
-            .remote(stacks_file)
+        # With such a group Ray runs all other calls in one thread of its own, no longer in the main one.
+        kind = ray.remote(concurrency_groups={ASIDE: 1})(WorkerProcess) if aside else ray.remote(WorkerProcess)
+        self._actor = kind.options(num_cpus=cpus, num_gpus=gpus, max_restarts=0, scheduling_strategy=where).remote(
+            stacks_file
         )
 
     def construct(self, path: str, *arguments: Any) -> Pending:
@@ -108,15 +117,21 @@ class Process:
     def call(self, doing: str, method: str, *arguments: Any) -> Pending:
         return self._pending(doing, self._actor.call.remote(method, *arguments))
 
-    def call_with_list(self, doing: str, method: str, items: Iterable[Any]) -> Pending:
-        return self._pending(doing, self._actor.call_with_list.remote(method, *items))
+    def call_with_list(self, doing: str, method: str, items: Iterable[Any], *leading: Any) -> Pending:
+        return self._pending(doing, self._actor.call_with_list.remote(method, leading, *items))
+
+    def call_aside(self, method: str, items: Iterable[Any], *leading: Any) -> None:
+        """As ``call_with_list``, but not behind the calls made before: in a thread of its own. Nobody waits for it."""
+        self._actor.call_with_list.options(concurrency_group=ASIDE).remote(method, leading, *items)
 
     def kill(self) -> None:
         """End it, stopped or not, and those of an engine's that it started: Ray's own request is read by the process, a
         signal is not."""
         there = stacks.place(self.stacks)
-        process = there.process if there else None
-        family = [*process.children(recursive=True), process] if process else []
+        family: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may be dying
+            if there and (process := there.process):
+                family = [*process.children(recursive=True), process]
         ray.kill(self._actor)
         for each in family:
             with contextlib.suppress(psutil.NoSuchProcess):

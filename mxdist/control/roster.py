@@ -20,11 +20,12 @@ class Roster:
         self._folder = run_path / FOLDER
         self._processes: dict[str, Process] = {}
 
-    def start(self, name: str, cpus: float, gpus: float, where: Where = "DEFAULT") -> Process:
-        """A process that Ray is asked to start. Its name may have been another's that was dismissed."""
+    def start(self, name: str, cpus: float, gpus: float, where: Where = "DEFAULT", aside: bool = False) -> Process:
+        """A process that Ray is asked to start, as ``Process``. Its name may have been another's that was dismissed."""
         if name in self._processes:
             raise ValueError(f"{name} is there already")
-        process = Process(name, cpus, gpus, self._folder / f"{re.sub(r'[^a-z0-9]+', '_', name)}.txt", where)
+        file = self._folder / f"{re.sub(r'[^a-z0-9]+', '_', name)}.txt"
+        process = Process(name, cpus, gpus, file, where, aside)
         self._processes[name] = process
         return process
 

@@ -25,6 +25,7 @@ def step_metrics(
     lengths = np.array([len(sample.tokens) for sample in samples])
     rewards = np.array([scored.rewards for scored in groups])
     staleness = np.array([step - scored.group.policy_version for scored in groups])
+    versions = np.concatenate([scored.group.token_versions() for scored in groups])
     tokens = int(lengths.sum()) + sum(len(scored.group.prompt.tokens) * len(scored.group.samples) for scored in groups)
     metrics = {
         "actor/entropy": entropy.mean,
@@ -42,6 +43,8 @@ def step_metrics(
         "rollout/entropy": collected.entropy.mean,
         "off_policy/staleness/mean": float(staleness.mean()),
         "off_policy/staleness/max": float(staleness.max()),
+        "off_policy/staleness/token_mean": float(step - versions.mean()),
+        "off_policy/versions": float(len(np.unique(versions))),
         "aqn/sigma": collected.noise.sigma,
         "aqn/sigma_applied": collected.applied_sigma,
         "aqn/perturbed_modules": float(collected.perturbed_modules),

@@ -49,6 +49,10 @@ class Worker:
         self._calls.append(call)
         return call
 
+    def aside(self, send: Callable[[Process], None]) -> None:
+        """Make a call that is of no use to a process that takes this one's place."""
+        send(self._process)
+
     def replace(self, dismiss: Callable[[Process], None]) -> list["Call"]:
         """Start a new process and make the calls again. Returns those that had finished, under way once more."""
         dismiss(self._process)

@@ -156,6 +156,11 @@ def _agree_on_transport(
     transport = choose_transport(config.sync.transport, places, len(alive_nodes()))
     through = {"host": "Ray's object store", "ipc": "buckets on the learner's GPUs (CUDA IPC)"}[transport]
     console.note(f"weights go through {through}")
+    if config.sync.update == "in_flight":
+        console.note(
+            "weights reach engines in flight: which tokens a version draws depends on timing, so another run of this "
+            "seed will differ"
+        )
     return transport
 
 

@@ -23,8 +23,12 @@ class _Push:
 
 
 class WeightSync:
-    """Pushes weights and checks every push. With ``rollout.max_lag`` k an engine first finishes the batches that were
-    submitted before a push, so up to k pushes are open at a time."""
+    """Pushes weights and checks every push; with ``rollout.max_lag`` k up to k pushes are open at a time.
+
+    ``sync.update`` drained: an engine first finishes the batches that were submitted before a push. in_flight: it goes
+    on with the new weights in the midst of them, after a check of its own; what it then holds is compared here, as
+    ever, when those batches are finished.
+    """
 
     def __init__(self, learners: LearnerGroup, pool: RolloutPool, transport: Transport, config: Config) -> None:
         self._learners = learners
@@ -32,13 +36,14 @@ class WeightSync:
         self._transport = transport
         self._deadlines = config.deadlines
         self._max_lag = config.rollout.max_lag
+        self._load = pool.load_weights_in_flight if config.sync.update == "in_flight" else pool.load_weights
         self._open: deque[_Push] = deque()
 
     def push(self, version: int) -> None:
-        """Start the sync of ``version``. Engines take it when they have finished what was submitted before."""
+        """Start the sync of ``version``."""
         started = time.monotonic()
         payloads = self._learners.export(version, self._transport)
-        loads = self._pool.load_weights([call.ref for call in payloads], version)
+        loads = self._load([call.ref for call in payloads], version)
         self._open.append(_Push(version, payloads, loads, started))
 
     def check_through(self, version: int) -> dict[str, float]:

@@ -16,7 +16,8 @@ def rollout_workers(config: Config, shape: ModelShape, model_dirs: Path, roster:
     workers = []
     for index in range(section.workers):
         name = f"rollout worker {index}"
-        worker = Worker(partial(roster.start, name, section.cpus_per_worker, section.gpus_per_worker))
+        start = partial(roster.start, name, section.cpus_per_worker, section.gpus_per_worker)
+        worker = Worker(partial(start, aside=config.sync.update == "in_flight"))
         worker.construct(ROLLOUT, config, shape, model_dirs / f"engine_{index}")
         workers.append(worker)
     return workers

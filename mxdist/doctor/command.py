@@ -12,7 +12,7 @@ import psutil
 from mxdist.config import Config, load_config
 from mxdist.doctor import devices, inputs, machine, versions
 from mxdist.doctor.collective import check_all_reduce
-from mxdist.doctor.findings import Finding, failure, ok
+from mxdist.doctor.findings import Finding, failure, ok, warning
 from mxdist.doctor.fit import Device, Fit, counted, fit, named_gpu
 from mxdist.doctor.memory import engine_memory, kv_bytes_per_token, learner_memory
 from mxdist.doctor.report import Estimate, as_json, show
@@ -63,7 +63,11 @@ def _load(path: Path | None, settings: Sequence[str]) -> tuple[Config | None, li
         f"pipeline {learner.pipeline_parallel} x data {config.data_parallel}, expert {learner.expert_parallel}; "
         f"{counted(config.rollout.workers, 'rollout engine')}"
     )
-    return config, [ok("configuration", f"{path}, recipe {config.recipe}"), ok("layout", layout)]
+    found = [ok("configuration", f"{path}, recipe {config.recipe}"), ok("layout", layout)]
+    if config.sync.update == "in_flight":
+        timing = "sync.update=in_flight: which version of the weights draws a token depends on timing"
+        found.append(warning("repeatability", timing, "set sync.update=drained where a run has to be repeated exactly"))
+    return config, found
 
 
 def _estimate(config: Config, gpu: str | None, gpus: Sequence[devices.Gpu]) -> Estimate:

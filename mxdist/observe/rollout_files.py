@@ -49,6 +49,7 @@ class RolloutFiles:
                     "reward": reward,
                     "finished": sample.finished,
                     "policy_version": group.policy_version,
+                    "drawn_by": sample.drawn_by,
                 },
                 ensure_ascii=False,
             )

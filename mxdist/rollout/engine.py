@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
-from vllm.inputs import TokensPrompt
-from vllm.outputs import CompletionOutput
 from vllm.platforms import current_platform
 
 from mxdist.aqn.injector import Applied
@@ -27,9 +25,11 @@ from mxdist.model.packed_checkpoint import quantisation_config
 from mxdist.model.recipes import ModelRecipes
 from mxdist.model.shape import ModelShape
 from mxdist.rollout import vllm_plugin
+from mxdist.rollout.generation import Generation
 from mxdist.rollout.products import graph_sizes
 from mxdist.rollout.rank import Rank, RankExtension, Refusal
 from mxdist.rollout.sampler import SEED
+from mxdist.sync.payload import PartSums
 
 KV_BLOCK = 32
 """Tokens in a block of the KV cache; the smallest the CPU attention takes, so that short prompts share blocks too."""
@@ -117,13 +117,19 @@ class Engine:
         finally:
             self.each("restore")
 
-    def generate(
-        self, prompts: Sequence[tuple[int, ...]], sampling: Sequence[SamplingParams]
-    ) -> list[CompletionOutput]:
-        """One completion for each prompt, in their order."""
-        requests = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
-        outputs = self._llm.generate(requests, list(sampling), use_tqdm=False)
-        return [output.outputs[0] for output in outputs]
+    def begin(self, prompts: Sequence[tuple[int, ...]], sampling: Sequence[SamplingParams]) -> Generation:
+        """Take requests, one completion for each prompt."""
+        return Generation(self._llm, prompts, sampling)
+
+    def rewrite(self, noise: Noise) -> tuple[list[PartSums], Applied]:
+        """Within ``perturbed(noise)``: write what was checked to the clean norms, and put the same noise on the new.
+
+        Raises as ``NoiseInjector.perturbed``.
+        """
+        self.each("restore")
+        sums = self.each("write")
+        [applied] = set(self.each("perturb", noise))
+        return sums, applied
 
     def forget_prefixes(self) -> None:
         """Drop cached keys and values: they were computed with other weights."""

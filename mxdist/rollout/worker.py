@@ -4,6 +4,9 @@ Plain class without Ray; the controller makes an actor of it. Importing this fil
 ``start`` does, after it has set the environment variables that vLLM reads at import.
 
     start -> load_weights -> generate -> load_weights -> generate -> ... -> shutdown
+
+With ``sync.update`` in_flight another thread brings weights with ``offer_weights`` while ``generate`` runs, which takes
+them between two steps of the engine; ``load_offered`` then stands where ``load_weights`` would.
 """
 
 import logging
@@ -11,6 +14,8 @@ import os
 import sys
 import time
 import warnings
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,27 +23,32 @@ import numpy as np
 import psutil
 
 from mxdist.config.schema import Config
-from mxdist.errors import UserError
+from mxdist.errors import RunStopped, UserError
 from mxdist.messages import (
     EngineReport,
     EntropyStatistics,
     Group,
+    Noise,
     Prompt,
     RolloutRequest,
     RolloutResult,
     Sample,
     SamplingSettings,
+    VersionRuns,
     WeightPayload,
 )
 from mxdist.model.recipes import model_recipes
 from mxdist.model.shape import ModelShape
+from mxdist.rollout.arrivals import Arrivals
 from mxdist.seeds import derive_seed
+from mxdist.sync.parity import compare_checksums
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.outputs import CompletionOutput
 
-    from mxdist.aqn.injector import NoiseInjector
+    from mxdist.aqn.injector import Applied, NoiseInjector
+    from mxdist.rollout.generation import Generation
     from mxdist.rollout.slot import Slot
     from mxdist.sync.payload import PartSums
 
@@ -72,6 +82,7 @@ class RolloutWorker:
         self._recipes = model_recipes(config)
         self._model_dir = Path(model_dir)
         self._version = -1  # no weights yet
+        self._arrivals = Arrivals()
 
     def start(self) -> EngineReport:
         """Build the engine. Once per process: vLLM keeps global state."""
@@ -110,6 +121,21 @@ class RolloutWorker:
         self._engine.forget_prefixes()
         return sums
 
+    def offer_weights(self, ticket: int, payloads: list[WeightPayload]) -> None:
+        """Weights for answers that are being sampled to go on with. From any thread, at any time.
+
+        Args:
+            ticket: of this push; ``load_offered`` follows with the same.
+        """
+        self._arrivals.offer(ticket, payloads)
+
+    def load_offered(self, ticket: int, payloads: list[WeightPayload]) -> "PartSums":
+        """What came of the weights when they were taken in flight; otherwise as ``load_weights``, as are the errors."""
+        outcome = self._arrivals.close(ticket)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return self.load_weights(payloads) if outcome is None else outcome
+
     def generate(self, request: RolloutRequest) -> RolloutResult:
         """Sample ``samples_per_prompt`` answers to each prompt, under the request's noise.
 
@@ -117,8 +143,13 @@ class RolloutWorker:
         so it does not depend on the worker that draws it or on the rest of the batch (up to the last bits of a GEMM,
         which may round otherwise for another batch). The stop token that ended it is part of an answer.
 
+        Weights that are offered meanwhile draw the rest of the answers, under the same noise, as if they had been given
+        the tokens so far: keys and values are computed again. Weights that fail a check are left to ``load_offered`` to
+        complain of.
+
         Raises:
             UserError: a prompt leaves no room for an answer in the model's context.
+            ParityError: weights that were taken are not what the learner computes with.
             ValueError: noise was asked for with temperature 0: evaluation never sees noise.
         """
         if self._version < 0:
@@ -135,16 +166,50 @@ class RolloutWorker:
         tokens = [prompt.tokens for prompt in request.prompts for _ in range(sampling.samples_per_prompt)]
         self._engine.wake("weights", "kv_cache")
         with self._engine.perturbed(noise) as applied:
-            outputs = self._engine.generate(tokens, parameters)
+            batch = _Batch(self._engine.begin(tokens, parameters), noise, [applied])
+            outputs = batch.generation.run(partial(self._take_offered, batch))
         self._engine.sleep()
-        samples = [_sample(output) for output in outputs]
+        batch.ended.append((self._version, [len(output.token_ids) for output in outputs]))
+        samples = [_sample(output, drawn_by) for output, drawn_by in zip(outputs, batch.runs(), strict=True)]
         size = sampling.samples_per_prompt
         groups = tuple(
-            Group(prompt, tuple(samples[i * size : (i + 1) * size]), self._version, noise.sigma)
+            _group(prompt, tuple(samples[i * size : (i + 1) * size]), noise.sigma)
             for i, prompt in enumerate(request.prompts)
         )
         seconds = time.perf_counter() - started
-        return RolloutResult(groups, _entropy(samples), seconds, *applied, tuple(self._engine.each("usage")))
+        return RolloutResult(
+            groups,
+            _entropy(samples),
+            seconds,
+            perturbed_modules=min(applied.norms for applied in batch.applied),
+            applied_sigma=min(applied.sigma for applied in batch.applied),
+            usage=tuple(self._engine.each("usage")),
+        )
+
+    def _take_offered(self, batch: "_Batch") -> None:
+        """Between two steps: if weights have come, go on with those."""
+        from mxdist.rollout.rank import combined
+        from mxdist.sync.payload import learner_checksums
+
+        offered = self._arrivals.take()
+        if offered is None:
+            return
+        ticket, payloads = offered
+        try:
+            self._engine.each("check", payloads)
+        except (UserError, RunStopped) as error:
+            self._arrivals.settle(ticket, error)
+            return
+        with batch.generation.paused() as sampled:
+            batch.ended.append((self._version, sampled))
+            self._version = -1  # as in load_weights
+            found, applied = self._engine.rewrite(batch.noise)
+            sums = combined(found, self._divided)
+            compare_checksums(learner_checksums(payloads), sums)  # before anything is sampled with them
+            self._version = payloads[0].version
+            batch.applied.append(applied)
+            batch.generation.compute_again()
+        self._arrivals.settle(ticket, sums)
 
     def shutdown(self) -> None:
         """Free the engine. The process can exit afterwards; it cannot start another one."""
@@ -189,14 +254,37 @@ def prepare_vllm(tensor_parallel: int = 1) -> None:
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # "Triton not available"
 
 
-def _sample(output: "CompletionOutput") -> Sample:
+@dataclass
+class _Batch:
+    """What is being sampled, and with which weights."""
+
+    generation: "Generation"
+    noise: Noise
+    applied: list["Applied"]  # of each version in turn
+    ended: list[tuple[int, list[int]]] = field(
+        default_factory=list
+    )  # versions and how many tokens each answer had then
+
+    def runs(self) -> list[VersionRuns]:
+        """Of each answer, once all versions have ended."""
+        versions = [version for version, _ in self.ended]
+        sampled = np.array([lengths for _, lengths in self.ended])  # [versions, answers]
+        drawn = np.diff(sampled, axis=0, prepend=0).T.tolist()
+        return [tuple((v, count) for v, count in zip(versions, counts, strict=True) if count) for counts in drawn]
+
+
+def _group(prompt: Prompt, samples: tuple[Sample, ...], sigma: float) -> Group:
+    return Group(prompt, samples, min(version for sample in samples for version, _ in sample.drawn_by), sigma)
+
+
+def _sample(output: "CompletionOutput", drawn_by: VersionRuns) -> Sample:
     tokens = np.asarray(output.token_ids, dtype=np.int64)
     logprobs = np.asarray(output.logprobs.logprobs, dtype=np.float32)
     if tokens.shape != logprobs.shape:
         raise RuntimeError(f"vLLM returned {len(logprobs)} log-probabilities for {len(tokens)} tokens")
     if not np.isfinite(logprobs).all():
         raise RuntimeError("vLLM sampled a token with a log-probability that is not finite: NaN in a layer's output")
-    return Sample(tokens, logprobs, finished=output.finish_reason == "stop")
+    return Sample(tokens, logprobs, output.finish_reason == "stop", drawn_by)
 
 
 def _entropy(samples: list[Sample]) -> EntropyStatistics:

@@ -243,6 +243,12 @@ def test_an_engine_sleeps_only_where_it_shares_a_gpu_with_a_learner_that_waits(f
     assert "nothing to sample; set fewer workers" in refusal(file, "rollout.sleep=true", *shared, *few)
 
 
+def test_weights_go_in_flight_only_where_engines_sample_meanwhile(file: Path) -> None:
+    in_flight = "sync.update=in_flight"
+    assert load_config(file, [in_flight, "rollout.max_lag=1"]).sync.update == "in_flight"
+    assert "set rollout.max_lag=1 or more, or sync.update=drained" in refusal(file, in_flight)
+
+
 def test_an_engine_is_divided_only_where_no_group_is_cut_that_is_quantised_together(file: Path) -> None:
     halves = "rollout.tensor_parallel=2"
     assert load_config(file, [halves, "recipe=mxfp4"]).rollout.tensor_parallel == 2

@@ -25,6 +25,14 @@ class Sleeper:
     def add(self, items: list[int]) -> int:
         return sum(items)
 
+    def hear(self, word: str, items: list[int]) -> None:
+        self.heard = (word, items)
+
+    def listen(self, seconds: float) -> tuple[str, list[int]] | None:
+        """What it hears meanwhile."""
+        time.sleep(seconds)
+        return getattr(self, "heard", None)
+
 
 class Stateful:
     """Answers with the weights it was given and what it is asked."""

@@ -43,6 +43,15 @@ def test_results_come_in_the_order_of_the_calls(sleeper: Process) -> None:
     assert wait_for(pending, 30, "update") == [0.2, 0.0, 0.1]
 
 
+def test_what_is_said_aside_is_heard_during_a_call_and_calls_stay_in_order(roster: Roster) -> None:
+    process = roster.start("rollout worker 0", 0.1, 0, aside=True)
+    wait_for([process.construct("tests.control.sleeper:Sleeper")], 60, "start")
+    listening = [process.call("work", "listen", seconds) for seconds in (1.0, 0.0)]
+    added = process.call_with_list("sum", "add", [ray.put(1), ray.put(2)])
+    process.call_aside("hear", [ray.put(3)], "word")
+    assert wait_for([*listening, added], 30, "rollout") == [("word", [3]), ("word", [3]), 3]
+
+
 def test_an_expired_deadline_names_the_process_the_work_and_the_key(sleeper: Process) -> None:
     with pytest.raises(DeadlineExceeded, match=r"learner rank 7 .* long nap .* deadlines\.rollout"):
         wait_for([sleeper.call("long nap", "sleep", 5)], 0.3, "rollout")

@@ -26,7 +26,7 @@ from mxdist.control.weights import WeightSync
 from mxdist.errors import ParityError
 from mxdist.messages import WeightPayload
 from mxdist.observe.console import Console
-from mxdist.observe.ledger import Ledger
+from mxdist.observe.ledger import Ledger, check_ledger
 from mxdist.observe.loggers import Loggers
 from mxdist.observe.rollout_files import RolloutFiles
 from mxdist.sync.parity import compare_checksums
@@ -42,9 +42,13 @@ class Up:
     system: System
 
 
+# Of the processes: an engine takes weights in flight where a test asks for it, and is slow enough to get some.
+ABLE = ["rollout.max_lag=1", "sync.update=in_flight", "rollout.max_sequences=8"]
+
+
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    config = load_config(QUICKSTART, SHORT)
+    config = load_config(QUICKSTART, [*SHORT, *ABLE])
     task, path = make_task(config), tmp_path_factory.mktemp("loop")
     with Console(path) as console, running(config, task, path, console) as system:
         up = Up(task, system)
@@ -116,6 +120,22 @@ def test_no_answer_is_staler_than_the_bound_and_the_bound_is_used(up: Up, tmp_pa
     metrics = train(up, tmp_path, f"rollout.max_lag={lag}", "run.steps=5")
     staleness = [step["off_policy/staleness/max"] for step in metrics]
     assert staleness == [min(step, lag) for step in range(5)]
+
+
+def test_in_flight_a_batch_has_tokens_of_several_versions_and_none_beyond_the_bound(up: Up, tmp_path: Path) -> None:
+    lag = 2
+    settings = ["sync.update=in_flight", f"rollout.max_lag={lag}", "run.steps=6", "algorithm.samples_per_prompt=32"]
+    metrics = train(up, tmp_path, *settings, "aqn.stages=2", "log.rollout_groups=8")
+    assert max(step["off_policy/staleness/max"] for step in metrics) <= lag
+    assert [step["sync/version"] for step in metrics[lag:]] == list(range(1, 7 - lag))  # every push is compared
+    mixed = [step for step in metrics if step["off_policy/versions"] > 1]
+    assert mixed, "no weights reached the engine while it sampled"
+    assert all(step["off_policy/staleness/token_mean"] < lag for step in mixed)
+    assert all(step["aqn/perturbed_modules"] == 2 for step in metrics[3:])
+    assert check_ledger(tmp_path, max_lag=lag).trained == 6 * 8
+    lines = [line for file in (tmp_path / "rollouts").iterdir() for line in file.read_text().splitlines()]
+    runs = [run for line in lines for run in json.loads(line)["drawn_by"]]
+    assert {version for version, _ in runs} >= {0, 1, 2}
 
 
 def test_the_entropy_band_sets_sigma_from_what_the_learner_reports(up: Up, tmp_path: Path) -> None:
