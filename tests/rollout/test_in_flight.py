@@ -107,7 +107,9 @@ def test_answers_go_on_exactly_as_those_of_an_engine_that_was_given_the_tokens_s
 def test_an_update_that_changes_no_weight_changes_no_draw(engine: EngineProcess) -> None:
     sync(engine, seed=1, version=1)
     undisturbed = engine.generate(request_of())
-    result = engine.run(generate_with_offers, request_of(), [(step, payloads_of(engine, 1, step)) for step in (2, 3, 9)])
+    result = engine.run(
+        generate_with_offers, request_of(), [(step, payloads_of(engine, 1, step)) for step in (2, 3, 9)]
+    )
     for (_, sample), (_, expected) in zip(all_samples(result), all_samples(undisturbed), strict=True):
         assert sample.tokens.tolist() == expected.tokens.tolist()
         assert_small(np.abs(sample.logprobs - expected.logprobs))
