@@ -78,12 +78,20 @@ def test_squares_that_span_more_than_bytes_hold_are_seen_and_multiplied_as_value
         assert (got.double() - wanted.double()).norm() <= 3e-4 * wanted.double().norm()
 
 
-def test_leading_axes_and_no_tokens_are_kept() -> None:
-    recipe = RECIPES[0]
+@pytest.mark.parametrize("recipe", [RECIPES[0], get_recipe("mxfp4_g4_nearest")], ids=str)
+def test_leading_axes_and_no_tokens_are_kept(recipe: Recipe) -> None:
     w = kind_of("gaussian", 128, 256)
     w_q = prepare_weight(w, recipe)
+    w.requires_grad_()
     assert mx_linear(kind_of("gaussian", 6, 256).view(2, 3, 256), w, w_q, recipe).shape == (2, 3, 128)
-    assert mx_linear(torch.empty(0, 256, device="cuda", dtype=torch.bfloat16), w, w_q, recipe).shape == (0, 128)
+    nothing = torch.empty(0, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    y = mx_linear(nothing, w, w_q, recipe)
+    assert y.shape == (0, 128)
+    y.sum().backward()
+    assert nothing.grad is not None
+    assert nothing.grad.shape == (0, 256)
+    assert w.grad is not None
+    assert not w.grad.any()
 
 
 def test_a_nan_is_named_or_propagates() -> None:

@@ -221,6 +221,8 @@ def launch_pairs(x: Tensor, by_row: Fp8Matrix, by_column: Fp8Matrix, options: Op
     """Quantise x [rows, K] into `by_row`, form TILE, and `by_column`, form TILE or SQUARE."""
     squares = by_column.form is Form.SQUARE
     rows, k = x.shape
+    if not rows:
+        return  # bytes of nothing cannot be seen as words
     _quantise_pairs_kernel[(triton.cdiv(k, 128), triton.cdiv(rows, 128))](
         x.view(int32), x.stride(0) // 2, rows, k // 2, flag.pointer,
         by_row.data.view(int16), by_row.data.stride(0) // 2, by_row.scale, by_row.scale.stride(1),
