@@ -23,6 +23,8 @@ def check_dtype(x: Tensor, name: str) -> None:
 
 def as_rows(x: Tensor) -> Tensor:
     """View or copy [..., K] as [rows, K]; also for zero rows, where torch cannot infer the -1."""
+    if x.dim() == 2:
+        return x
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 

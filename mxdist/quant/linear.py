@@ -88,10 +88,10 @@ def mx_linear(
     tensor cores is multiplied there (`mxdist.quant.kernels`): the same operands, products exact to the rounding of
     their output.
     """
-    if not recipe.quantises:
-        return F.linear(x, weight, bias)
     arguments: dict[str, Any] = {"seed": seed, "shard": shard, "frozen": frozen, "name": name, "nonfinite": nonfinite}
     if weight_q is None or isinstance(weight_q, Tensor):
+        if not recipe.quantises:
+            return F.linear(x, weight, bias)
         return reference_linear(x, weight, weight_q, recipe, bias, **arguments)
     from mxdist.quant.kernels.linear import kernel_linear
 

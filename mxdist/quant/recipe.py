@@ -163,6 +163,10 @@ class Recipe:
             if operand is not None and (operand.mean or flags):
                 raise ValueError(f"recipe {self.name!r}: only x_fwd has a frozen mean or threshold, not {field}.")
 
+    def __hash__(self) -> int:
+        # Plans are kept by recipe and looked up in every product, where hashing all operands would show.
+        return hash(self.name)
+
     @property
     def quantises(self) -> bool:
         """True when any operand of any GEMM is quantised (False for bf16)."""
@@ -171,8 +175,8 @@ class Recipe:
     @property
     def needs_seed(self) -> bool:
         """True when some operand draws random numbers, so that `mx_linear` must be given a seed."""
-        operands = (getattr(self, field) for field in OPERAND_NAMES)
-        return any(operand.needs_seed for operand in operands if operand is not None)
+        operands = (self.x_fwd, self.w, self.dy_dgrad, self.x_wgrad, self.dy_wgrad)
+        return any([operand.needs_seed for operand in operands if operand is not None])
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain JSON-serialisable dict that `from_dict` turns back into an equal recipe."""

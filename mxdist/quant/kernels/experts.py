@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mxdist.quant.format import TILE
 from mxdist.quant.kernels.forms import Form
-from mxdist.quant.kernels.gemm import Blocks, multiply_blocks, right
+from mxdist.quant.kernels.gemm import Blocks, multiply_blocks
 from mxdist.quant.kernels.nonfinite import Flag
 from mxdist.quant.kernels.options import Random, options_of
 from mxdist.quant.kernels.permute import without_filling
@@ -86,11 +86,10 @@ def experts_mlp(
 
 
 def _operands(weight: HopperWeight) -> tuple[Blocks, Blocks]:
-    if weight.rights is not None:
-        return weight.rights
-    assert weight.forward is not None
-    assert weight.transposed is not None
-    return right(weight.forward), right(weight.transposed)
+    assert weight.rights is not None
+    forward, transposed = weight.rights
+    assert transposed is not None
+    return forward, transposed
 
 
 @dataclass(frozen=True, slots=True, eq=False)

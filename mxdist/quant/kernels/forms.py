@@ -8,8 +8,8 @@ span the smallest values are rounded to multiples of 2^-9 of the byte's unit, at
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +30,7 @@ class Form(StrEnum):
     SQUARE = "square"
 
 
-@dataclass(frozen=True, slots=True)
-class Fp8Matrix:
+class Fp8Matrix(NamedTuple):
     """E4M3 bytes and their scales.
 
     data      float8_e4m3fn [rows, tiles * 128], contiguous; K is padded with zeros to whole tiles
@@ -69,8 +68,10 @@ def empty_tiles(rows: int, k: int, form: Form, device: torch.device, rotated: bo
     if form is Form.ROW:
         scale = torch.empty(rows, 1, dtype=torch.float32, device=device)
     elif form is Form.TILE:
-        scale = torch.empty(tiles, rows, dtype=torch.float32, device=device).t()
+        scale = torch.empty_strided((rows, tiles), (1, rows), dtype=torch.float32, device=device)
     else:
         padded = -(-tiles // 4) * 4
-        scale = torch.empty(-(-rows // TILE), padded, dtype=torch.float32, device=device)[:, :tiles]
+        scale = torch.empty(-(-rows // TILE), padded, dtype=torch.float32, device=device)
+        if padded > tiles:
+            scale = scale[:, :tiles]
     return Fp8Matrix(data, scale, form, k, rotated)

@@ -6,8 +6,7 @@ promotion the tensor cores' 14-bit accumulator truncates, a bias of -11 % on all
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,16 +39,21 @@ def matmul(
     if not a.rows or not b.rows or not a.k:
         zeros = torch.zeros(a.rows, b.rows, dtype=dtype, device=a.data.device)
         return zeros if out is None else out.copy_(zeros)
-    if a.data.device.type == "cpu":  # for the tests: the function, in float32; a rotation fills the padding
-        left, right = (replace(each, k=each.data.shape[1]).dequantise() for each in (a, b))
-        product = left @ right.t() * (ROTATION_GAIN if a.rotated else 1.0)
-        return product.to(dtype) if out is None else out.copy_(product)
+    if a.form is not Form.ROW:
+        return multiply(a, right(b), dtype, out)
+    if a.data.device.type == "cpu":
+        product = (_padded(a) @ _padded(b).t()).to(dtype)
+        return product if out is None else out.copy_(product)
     scale_a = a.scale * ROTATION_GAIN if a.rotated else a.scale
-    if a.form is Form.ROW:
-        return torch._scaled_mm(
-            a.data, b.data.t(), scale_a, b.scale.t(), out_dtype=dtype, use_fast_accum=False, out=out
-        )  # fmt: skip
-    return _blockwise(Fp8Matrix(a.data, scale_a, a.form, a.k), b, dtype, out)
+    return torch._scaled_mm(
+        a.data, b.data.t(), scale_a, b.scale.t(), out_dtype=dtype, use_fast_accum=False, out=out
+    )  # fmt: skip
+
+
+def _padded(matrix: Fp8Matrix) -> Tensor:
+    """float32 [rows, K], what fills up whole tiles included: for the tests on a CPU."""
+    gain = ROTATION_GAIN**0.5 if matrix.rotated else 1.0
+    return matrix._replace(k=matrix.data.shape[1]).dequantise() * gain
 
 
 class Blocks(NamedTuple):
@@ -70,20 +74,42 @@ TILES, SQUARES = [F.ScalingType.BlockWise1x128.value], [F.ScalingType.BlockWise1
 
 def right(matrix: Fp8Matrix) -> Blocks:
     """`matrix` [rows, K] as the right operand of `multiply_blocks`."""
-    return Blocks(matrix.data.t(), [_block_scale(matrix)], [_block_recipe(matrix).value])
+    if matrix.form is Form.SQUARE:
+        return Blocks(matrix.data.t(), [_square_scale(matrix.rows, matrix.scale)], SQUARES)
+    return Blocks(matrix.data.t(), [_tile_scale(matrix.rows, matrix.scale)], TILES)
 
 
 def multiply_blocks(a: Blocks, b: Blocks, out: Tensor) -> None:
     """out = a b: what `matmul` computes, without its checks. K and a's rows are multiples of 128 and of 4."""
-    if a.data.device.type == "cpu":  # for the tests
-        out.copy_(_block_values(a.data, a) @ _block_values(b.data.t(), b).t())
-        return
-    _scaled_mm_out(
-        a.data, b.data, a.scale, a.recipe, [], b.scale, b.recipe, [], None, out.dtype, out=out
-    )  # fmt: skip
+    _product(a, b, out.dtype, out)
 
 
-_scaled_mm_out = torch.ops.aten._scaled_mm_v2.out
+def multiply(a: Fp8Matrix, b: Blocks, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Return a b of `dtype`: what `matmul` computes, without its checks, for a not of form ROW."""
+    if not a.data.numel() or not b.data.numel():
+        zeros = torch.zeros(a.rows, b.data.shape[1], dtype=dtype, device=a.data.device)
+        return zeros if out is None else out.copy_(zeros)
+    data, scale = a.data, a.scale * ROTATION_GAIN if a.rotated else a.scale
+    rows = data.shape[0]
+    if a.form is not Form.TILE:
+        left = Blocks(data, [_square_scale(rows, scale)], SQUARES)
+    elif rows % 4:  # cuBLASLt wants the scales' leading dimension in 16 bytes
+        more = -rows % 4
+        longer = F.pad(data.view(torch.uint8), (0, 0, 0, more)).view(data.dtype)
+        left = Blocks(longer, [F.pad(scale.t(), (0, more)).t()], TILES)
+    else:
+        left = Blocks(data, [_tile_scale(rows, scale)], TILES)
+    if left.data is data:
+        return _product(left, b, dtype, out)
+    result = _product(left, b, dtype)[:rows]
+    return result if out is None else out.copy_(result)
+
+
+def _product(a: Blocks, b: Blocks, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    if a.data.device.type == "cpu":  # for the tests: the function, in float32
+        result = (_block_values(a.data, a) @ _block_values(b.data.t(), b).t()).to(dtype)
+        return result if out is None else out.copy_(result)
+    return torch._scaled_mm_v2(a.data, b.data, a.scale, a.recipe, [], b.scale, b.recipe, [], None, dtype, out=out)
 
 
 def _block_values(data: Tensor, blocks: Blocks) -> Tensor:
@@ -99,36 +125,14 @@ def accumulate(total: Tensor, a: Fp8Matrix, b: Fp8Matrix) -> None:
     total.add_(matmul(a, b, torch.float32))
 
 
-def _blockwise(a: Fp8Matrix, b: Fp8Matrix, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    rows = a.rows
-    if a.form is Form.TILE and rows % 4:  # cuBLASLt wants the scales' leading dimension in 16 bytes
-        a = _with_rows(a, rows + -rows % 4)
-    arguments: tuple[Any, ...] = (
-        a.data, b.data.t(), [_block_scale(a)], [_block_recipe(a).value], [], [_block_scale(b)],
-        [_block_recipe(b).value], [], None, dtype,
-    )  # fmt: skip
-    if out is not None and a.rows == rows:
-        return torch.ops.aten._scaled_mm_v2.out(*arguments, out=out)
-    result = torch.ops.aten._scaled_mm_v2(*arguments)[:rows]
-    return result if out is None else out.copy_(result)
+def _tile_scale(rows: int, scale: Tensor) -> Tensor:
+    """Scales of a TILE as torch's blockwise GEMM takes them: [rows, tiles], by columns."""
+    return scale if scale.stride() == (1, rows) else scale.t().contiguous().t()
 
 
-def _with_rows(a: Fp8Matrix, rows: int) -> Fp8Matrix:
-    data = F.pad(a.data.view(torch.uint8), (0, 0, 0, rows - a.rows)).view(a.data.dtype)
-    return Fp8Matrix(data, F.pad(a.scale.t(), (0, rows - a.rows)).t(), a.form, a.k)
-
-
-def _block_recipe(matrix: Fp8Matrix) -> F.ScalingType:
-    return F.ScalingType.BlockWise1x128 if matrix.form is Form.TILE else F.ScalingType.BlockWise128x128
-
-
-def _block_scale(matrix: Fp8Matrix) -> Tensor:
-    """Scales as `scaled_mm` takes them: [rows, tiles] with rows contiguous, or [tiles padded to 4, row tiles]."""
-    if matrix.form is Form.TILE:
-        scale = matrix.scale
-        return scale if scale.stride() == (1, matrix.rows) else scale.t().contiguous().t()
-    rows, padded = -(-matrix.rows // TILE), matrix.scale.stride(0)
-    if padded % 4 or matrix.scale.stride(1) != 1:  # multiplied by the rotation's gain: freshly laid out
-        padded = -(-matrix.scale.shape[1] // 4) * 4
-        return F.pad(matrix.scale, (0, padded - matrix.scale.shape[1])).t()
-    return matrix.scale.as_strided((rows, padded), (padded, 1)).t()
+def _square_scale(rows: int, scale: Tensor) -> Tensor:
+    """Scales of a SQUARE as torch's blockwise GEMM takes them: [tiles filled up to 4, row tiles], by columns."""
+    padded = scale.stride(0)
+    if padded % 4 or scale.stride(1) != 1:  # multiplied by the rotation's gain: freshly laid out
+        return F.pad(scale, (0, -scale.shape[1] % 4)).t()
+    return scale.as_strided((padded, -(-rows // TILE)), (1, padded))

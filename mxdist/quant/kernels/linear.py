@@ -18,7 +18,7 @@ from mxdist.quant.format import TILE
 from mxdist.quant.kernels import quant_terms
 from mxdist.quant.kernels.dequantise import dequantise
 from mxdist.quant.kernels.forms import Form, Fp8Matrix
-from mxdist.quant.kernels.gemm import matmul
+from mxdist.quant.kernels.gemm import multiply, right
 from mxdist.quant.kernels.plan import Gemm, Plan
 from mxdist.quant.kernels.prepared import HopperWeight
 from mxdist.quant.kernels.quant_residual import quantise_with_residual
@@ -57,13 +57,16 @@ def kernel_linear(
     Runs whatever the device: on a CPU Triton's interpreter runs the kernels, for the tests.
     """
     keeps = torch.is_grad_enabled() and weight.requires_grad  # `apply` disables gradients before it asks
-    site = _Site(recipe, weight_q.plan, weight_q, seed, shard or Shard(), frozen, name, nonfinite, keeps)
+    site = _Site(recipe, weight_q.plan, weight_q, seed, shard or _WHOLE, frozen, name, nonfinite, keeps)
     return _HopperLinear.apply(x, weight, bias, site)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+_WHOLE = Shard()
+
+
+@dataclass(slots=True, eq=False)  # freezing would double what making one takes, in every call
 class _Site:
-    """What forward and backward of one call share."""
+    """What forward and backward of one call share. Nobody changes it."""
 
     recipe: Recipe
     plan: Plan
@@ -158,8 +161,7 @@ class _HopperLinear(torch.autograd.Function):
                 x_q, ctx.x_t = site.both(rows, "x_fwd", "x_wgrad", forward, form)
             else:
                 x_q = site.rows(rows, "x_fwd", forward)
-            assert site.weight.forward is not None
-            y = matmul(x_q, site.weight.longer or site.weight.forward, x.dtype)
+            y = site.weight.product(x_q, x.dtype)
         ctx.x_kept = x_q if want_weight and wgrad is Gemm.BF16 else None
         ctx.weight_dtype, ctx.bias_dtype, ctx.shape = weight.dtype, None if bias is None else bias.dtype, x.shape
         if bias is not None:
@@ -172,14 +174,16 @@ class _HopperLinear(torch.autograd.Function):
         dy = as_rows(grads[0])
         want_x, want_weight, want_bias, _ = ctx.needs_input_grad
         dx = dw = db = None
-        fp8 = [part.gemm not in (Gemm.BF16, Gemm.REFERENCE) for part in (site.plan.dgrad, site.plan.wgrad)]
+        dgrad, wgrad = site.plan.dgrad.gemm, site.plan.wgrad.gemm
         dy_rows = dy_columns = None
-        if want_x and want_weight and all(fp8):
-            dy_rows, dy_columns = site.both(dy, "dy_dgrad", "dy_wgrad", site.plan.dgrad.gemm, Form.TILE)
+        if want_x and want_weight and dgrad is not Gemm.BF16 and wgrad is not Gemm.BF16:
+            dy_rows, dy_columns = site.both(dy, "dy_dgrad", "dy_wgrad", dgrad, Form.TILE)
         if want_x:
             dx = _dgrad(site, dy, dy_rows).view(ctx.shape)
         if want_weight:
-            dw = _wgrad(site, dy, dy_columns, ctx).to(ctx.weight_dtype)
+            dw = _wgrad(site, dy, dy_columns, ctx)
+            if dw.dtype != ctx.weight_dtype:
+                dw = dw.to(ctx.weight_dtype)
         if want_bias:
             db = dy.sum(0).to(ctx.bias_dtype)
         return dx, dw, db, None
@@ -191,14 +195,13 @@ def _dgrad(site: _Site, dy: Tensor, dy_rows: Fp8Matrix | None) -> Tensor:
         if site.recipe.dy_dgrad is not None:
             dy = site.values(dy, "dy_dgrad")
         return dy @ site.weight.dequantise(dy.dtype)
-    assert site.weight.transposed is not None
-    return matmul(dy_rows or site.rows(dy, "dy_dgrad", gemm), site.weight.transposed, dy.dtype)
+    return site.weight.transposed_product(dy_rows or site.rows(dy, "dy_dgrad", gemm), dy.dtype)
 
 
 def _wgrad(site: _Site, dy: Tensor, dy_columns: Fp8Matrix | None, ctx: Any) -> Tensor:
     if site.plan.wgrad.gemm is not Gemm.BF16:
         dtype = torch.float32 if ctx.weight_dtype == torch.float32 else torch.bfloat16
-        return matmul(dy_columns or site.columns(dy, "dy_wgrad", Form.TILE), ctx.x_t, dtype)
+        return multiply(dy_columns or site.columns(dy, "dy_wgrad", Form.TILE), right(ctx.x_t), dtype)
     return dy.t() @ _kept_values(site, ctx.x_kept, ctx.shape[-1], dy.dtype)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from mxdist.quant.format import SCALE_CARRY, TILE
 from mxdist.quant.philox import Draw
@@ -32,6 +33,7 @@ class Options:
     hadamard: bool
 
 
+@lru_cache
 def options_of(operand: Operand) -> Options:
     """Return the options of an activation's or gradient's operand, or raise `UnsupportedOperandError`."""
     missing = missing_feature(operand)
@@ -81,14 +83,15 @@ class TermOptions:
     flagged: bool
     alpha: float
 
-    @classmethod
-    def of(cls, operand: Operand) -> TermOptions:
+    @staticmethod
+    @lru_cache
+    def of(operand: Operand) -> TermOptions:
         """Return the options of an operand, or raise `UnsupportedOperandError`."""
         missing = missing_in_terms(operand)
         if missing is not None:
             raise UnsupportedOperandError(f"the kernels do not do {missing}: the reference backend does.")
         macro, fallback = operand.macro, operand.fallback
-        return cls(
+        return TermOptions(
             carry=SCALE_CARRY[operand.scale_rule],
             saturate=saturates(operand.scale_rule),
             method=METHODS[macro.method] if macro else 0,
@@ -152,9 +155,12 @@ class Random:
         if draw is None:
             if needed:
                 raise ValueError("stochastic rounding draws random numbers: it needs a seed.")
-            return cls()
+            return NO_RANDOM
         if isinstance(draw, int):
             draw = Draw(draw)
         seed = draw.seed & 0xFFFFFFFFFFFFFFFF
         signed = seed - (1 << 64) if seed >> 63 else seed  # a kernel's 64-bit integers are signed
         return cls(signed, draw.stream, draw.row, draw.column // 8, -(-(draw.columns or k) // 8))
+
+
+NO_RANDOM = Random()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 import torch
 
@@ -72,6 +73,7 @@ def backend(recipe: Recipe, outputs: int, inputs: int, device: torch.device, lis
     return chosen
 
 
+@lru_cache
 def plan(recipe: Recipe, outputs: int, inputs: int, listed: bool = False) -> Plan:
     """Return the plan for a weight [outputs, inputs]; `listed` as for `backend`.
 

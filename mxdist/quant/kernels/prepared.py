@@ -10,7 +10,7 @@ from torch import Tensor
 from mxdist.quant.kernels import quant_terms
 from mxdist.quant.kernels.dequantise import dequantise
 from mxdist.quant.kernels.forms import Form, Fp8Matrix, empty_tiles
-from mxdist.quant.kernels.gemm import Blocks
+from mxdist.quant.kernels.gemm import Blocks, matmul, multiply, right
 from mxdist.quant.kernels.packed import expand
 from mxdist.quant.kernels.plan import Gemm, Plan, without_bytes
 from mxdist.quant.kernels.quant_residual import quantise_with_residual, repeat_tiles, room_for_tiles
@@ -30,7 +30,7 @@ class HopperWeight:
     transposed  the same bytes [K, N]; None for weights with a macro factor per tile, which have no FP8 form along N
     longer      [N, K + 128 n]: forward and copies of the n tiles whose activations have a residual, or None
     values      dequantised [N, K], instead of bytes
-    rights      forward and transposed as `gemm.multiply_blocks` takes them, where many weights were prepared together
+    rights      forward (or longer) and transposed as right operands of blockwise GEMMs; None for form ROW and values
     """
 
     plan: Plan
@@ -38,7 +38,21 @@ class HopperWeight:
     transposed: Fp8Matrix | None = None
     longer: Fp8Matrix | None = None
     values: Tensor | None = None
-    rights: tuple[Blocks, Blocks] | None = None
+    rights: tuple[Blocks, Blocks | None] | None = None
+
+    def product(self, x: Fp8Matrix, dtype: torch.dtype) -> Tensor:
+        """Return x W^T of `dtype` for x quantised along K, as the plan says."""
+        if self.rights is not None:
+            return multiply(x, self.rights[0], dtype)
+        assert self.forward is not None
+        return matmul(x, self.forward, dtype)
+
+    def transposed_product(self, dy: Fp8Matrix, dtype: torch.dtype) -> Tensor:
+        """Return dy W of `dtype` for dy quantised along N, as the plan says."""
+        if self.rights is not None and self.rights[1] is not None:
+            return multiply(dy, self.rights[1], dtype)
+        assert self.transposed is not None
+        return matmul(dy, self.transposed, dtype)
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """Return W_q [N, K]."""
@@ -110,14 +124,17 @@ def prepare_weight(
     if tiles is not None and recipe.x_fwd is not None and recipe.x_fwd.fallback is not None:
         longer, own = room_for_tiles(n, k, form, len(tiles), weight.device)
     if form is Form.TILE and own is None and packed is not None:
-        return HopperWeight(choice, unpack(packed, "propagate"))
-    if form is Form.TILE:
+        forward, transposed = unpack(packed, "propagate"), None
+    elif form is Form.TILE:
         forward = quantise_with_residual(weight, recipe.w, name=name, nonfinite=nonfinite, out=own)
-        result = HopperWeight(choice, forward, longer=longer)
+        transposed = None
     else:
         out = Fp8Weight(own, empty_tiles(k, n, form, weight.device)) if own else None
         both = quantise_weight(weight, recipe.w, form=form, out=out, name=name, nonfinite=nonfinite)
-        result = HopperWeight(choice, both.forward, both.transposed, longer)
+        forward, transposed = both.forward, both.transposed
     if longer is not None and tiles is not None:
         repeat_tiles(longer, tiles)
-    return result
+    rights = None
+    if form is not Form.ROW:
+        rights = right(longer or forward), None if transposed is None else right(transposed)
+    return HopperWeight(choice, forward, transposed, longer, rights=rights)

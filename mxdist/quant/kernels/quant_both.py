@@ -68,7 +68,7 @@ def launch_both(
     squares = by_column.form is Form.SQUARE
     rows, k = x.shape
     height, width, warps = RANDOM_SHAPE if column.stochastic else SHAPE
-    _quantise_both_kernel[(triton.cdiv(k, 128), triton.cdiv(rows, 128))](
+    _quantise_both_kernel[(-(-k // 128), -(-rows // 128))](
         x, x.stride(0), rows, k, flag.pointer,
         by_row.data, by_row.data.stride(0), by_row.scale, by_row.scale.stride(1),
         by_column.data, by_column.data.stride(0), by_column.scale, by_column.scale.stride(0 if squares else 1),

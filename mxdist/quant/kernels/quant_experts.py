@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from torch import Tensor, int16, int32
+from torch import Tensor
 
 from mxdist.quant.format import TILE
 from mxdist.quant.kernels.forms import Form
@@ -89,10 +89,12 @@ def _quantise_experts_kernel(
 
 @triton.jit
 def _quantise_expert_pairs_kernel(
-    x_words, x_stride, map, table, words, data_halves, scale, data_t_words, scale_t, flag,
+    x, x_stride, map, table, words, data, scale, data_t, scale_t, flag,
     PARTS: tl.constexpr, SQUARES: tl.constexpr, CHECK: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
     """`_quantise_experts_kernel` for tokens and rows as `quant_pairs` does them."""
+    x_words, data_t_words = x.to(tl.pointer_type(tl.int32)), data_t.to(tl.pointer_type(tl.int32))
+    data_halves = data.to(tl.pointer_type(tl.int16))
     tile, word = tl.program_id(1), tl.program_id(0) * 64
     first, tiles, fourth = tl.load(table + 5 * tile), tl.load(table + 5 * tile + 1), tl.load(table + 5 * tile + 2)
     row, start = 128 * (tile - first), 128 * first.to(tl.int64)
@@ -142,8 +144,8 @@ def quantise_experts(
         return by_row, by_column
     if by_column and column and source != SWIGLU and pairs_fit(x, row.options, column.options):
         _quantise_expert_pairs_kernel[(k // TILE, len(segments.table))](
-            x.view(int32), x.stride(0) // 2, segments.source if source == TOKENS else None, segments.table, k // 2,
-            by_row.data.view(int16), by_row.scale, by_column.data.view(int32), by_column.scale, flag.pointer,
+            x, x.stride(0) // 2, segments.source if source == TOKENS else None, segments.table, k // 2,
+            by_row.data, by_row.scale, by_column.data, by_column.scale, flag.pointer,
             PARTS=PARTS, SQUARES=column_form is Form.SQUARE, CHECK=flag.checked, CARRY=row.options.carry,
             num_warps=WARPS,
         )  # fmt: skip

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor, bfloat16, int16, int32
+from torch import Tensor, bfloat16
 
 from mxdist.quant.kernels.device import SPAN, TOP, power_of_two
 from mxdist.quant.kernels.forms import Form, Fp8Matrix
@@ -194,10 +194,13 @@ def _join(xs):
 
 @triton.jit(do_not_specialize=["rows"])
 def _quantise_pairs_kernel(
-    x_words, stride, rows, words, flag, data_halves, data_stride, scale, scale_stride, data_t_words, data_t_stride,
+    x, stride, rows, words, flag, data, data_stride, scale, scale_stride, data_t, data_t_stride,
     scale_t, scale_t_stride,
     PARTS: tl.constexpr, SQUARES: tl.constexpr, CHECK: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
+    # Strides are of words, half words and words. Views of other dtypes would take the host as long as the launch.
+    x_words, data_t_words = x.to(tl.pointer_type(tl.int32)), data_t.to(tl.pointer_type(tl.int32))
+    data_halves = data.to(tl.pointer_type(tl.int16))
     row, word = tl.program_id(1) * 128, tl.program_id(0) * 64
     unit = rows_of_pairs(
         x_words, stride, row, rows, None, word, words, flag, row, rows, data_halves, data_stride, scale, scale_stride,
@@ -222,11 +225,11 @@ def launch_pairs(x: Tensor, by_row: Fp8Matrix, by_column: Fp8Matrix, options: Op
     squares = by_column.form is Form.SQUARE
     rows, k = x.shape
     if not rows:
-        return  # bytes of nothing cannot be seen as words
-    _quantise_pairs_kernel[(triton.cdiv(k, 128), triton.cdiv(rows, 128))](
-        x.view(int32), x.stride(0) // 2, rows, k // 2, flag.pointer,
-        by_row.data.view(int16), by_row.data.stride(0) // 2, by_row.scale, by_row.scale.stride(1),
-        by_column.data.view(int32), by_column.data.stride(0) // 4, by_column.scale,
+        return  # a grid of nothing is no launch
+    _quantise_pairs_kernel[(-(-k // 128), -(-rows // 128))](
+        x, x.stride(0) // 2, rows, k // 2, flag.pointer,
+        by_row.data, by_row.data.stride(0) // 2, by_row.scale, by_row.scale.stride(1),
+        by_column.data, by_column.data.stride(0) // 4, by_column.scale,
         by_column.scale.stride(0 if squares else 1),
         PARTS=PARTS, SQUARES=squares, CHECK=flag.checked, CARRY=options.carry, num_warps=WARPS,
     )  # fmt: skip

@@ -78,12 +78,13 @@ def quantise_tiles(
     column_options = None if column is None else options_of(column)
     _check(row_options, column_options, column_form)
     by_row = by_column = None
+    (rows, k), device = x.shape, x.device
     if row_options is not None:
-        by_row = empty_tiles(x.shape[0], x.shape[1], Form.TILE, x.device)
-        row_random = Random.of(row_draw, x.shape[1], row_options.stochastic)
+        by_row = empty_tiles(rows, k, Form.TILE, device)
+        row_random = Random.of(row_draw, k, row_options.stochastic)
     if column_options is not None:
-        by_column = empty_tiles(x.shape[1], x.shape[0], column_form, x.device, column_options.hadamard)
-        column_random = Random.of(column_draw, x.shape[0], column_options.stochastic)
+        by_column = empty_tiles(k, rows, column_form, device, column_options.hadamard)
+        column_random = Random.of(column_draw, rows, column_options.stochastic)
     if by_row and row_options and by_column and column_options and one_read_fits(row_options, column_options):
         if pairs_fit(x, row_options, column_options):
             launch_pairs(x, by_row, by_column, row_options, flag)
@@ -107,7 +108,7 @@ def _launch(x: Tensor, out: Fp8Matrix, options: Options, random: Random, flag: F
         height, width, warps = _SQUARES if out.form is Form.SQUARE else _COLUMNS_ONLY
         if options.stochastic and out.form is Form.TILE:
             width = 32  # random bits need registers
-    _quantise_tiles_kernel[(triton.cdiv(k, width), triton.cdiv(rows, height))](
+    _quantise_tiles_kernel[(-(-k // width), -(-rows // height))](
         x, x.stride(0), rows, k, flag.pointer,
         out.data, out.data.stride(0), out.scale, out.scale.stride(0 if out.form is Form.SQUARE else 1),
         random.seed, random.stream, random.row, random.first_call, random.calls_per_row,

@@ -61,10 +61,10 @@ def unpack(mx: MXTensor, nonfinite: NonFinite = "error") -> Fp8Matrix:
         raise ValueError("a tensor with NaN blocks cannot be converted to E4M3.")
     codes, scales = as_rows(mx.codes), as_rows(mx.scales)
     macro = None if mx.macro is None else as_rows(mx.macro)
-    rows, tiles = codes.shape[0], triton.cdiv(k, TILE)
+    rows, tiles = codes.shape[0], -(-k // TILE)
     out = empty_tiles(rows, k, Form.TILE, codes.device, operand.hadamard != "none")
     if out.data.numel():
-        _unpack_kernel[(triton.cdiv(tiles, _TILES), triton.cdiv(rows, _ROWS))](
+        _unpack_kernel[(-(-tiles // _TILES), -(-rows // _ROWS))](
             codes, codes.shape[1], scales, scales.shape[1], macro, 0 if macro is None else macro.shape[1], rows, tiles,
             out.data, out.data.stride(0), out.scale, out.scale.stride(1),
             METHOD=METHODS[operand.macro.method] if operand.macro else 0, ROWS=_ROWS, TILES=_TILES, num_warps=_WARPS,

@@ -58,7 +58,6 @@ POINTERS = {
     "listed": "*i32", "slots": "*i32", "values": "*bf16", "codes": "*u8", "scales": "*u8", "macro": "*u8",
     "residual_codes": "*u8", "residual_scales": "*u8", "a": "*u8", "b": "*u8", "a_factor": "*fp32", "b_factor": "*fp32",
     "c": "*bf16", "weight": "*bf16", "inverse": "*fp32", "out": "*fp32",
-    "x_words": "*i32", "data_halves": "*i16", "data_t_words": "*i32",
     "buffer": "*i16", "pieces": "*i64", "sums": "*i64",
     "h": "*bf16", "gradient": "*bf16", "filled": "*bf16", "cos": "*bf16", "sin": "*bf16", "logits": "*bf16",
     "places": "*i64", "tokens": "*i64", "shift": "*fp32",
