@@ -176,7 +176,7 @@ class Recipe:
     def needs_seed(self) -> bool:
         """True when some operand draws random numbers, so that `mx_linear` must be given a seed."""
         operands = (self.x_fwd, self.w, self.dy_dgrad, self.x_wgrad, self.dy_wgrad)
-        return any([operand.needs_seed for operand in operands if operand is not None])
+        return any(operand.needs_seed for operand in operands if operand is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain JSON-serialisable dict that `from_dict` turns back into an equal recipe."""
