@@ -109,7 +109,12 @@ def _product(a: Blocks, b: Blocks, dtype: torch.dtype, out: Tensor | None = None
     if a.data.device.type == "cpu":  # for the tests: the function, in float32
         result = (_block_values(a.data, a) @ _block_values(b.data.t(), b).t()).to(dtype)
         return result if out is None else out.copy_(result)
-    return torch._scaled_mm_v2(a.data, b.data, a.scale, a.recipe, [], b.scale, b.recipe, [], None, dtype, out=out)
+    arguments = a.data, b.data, a.scale, a.recipe, [], b.scale, b.recipe, [], None, dtype
+    return _scaled_mm(*arguments) if out is None else _scaled_mm_out(*arguments, out=out)
+
+
+# Naming the overloads spares torch from trying them one after the other in every call.
+_scaled_mm, _scaled_mm_out = torch.ops.aten._scaled_mm_v2.default, torch.ops.aten._scaled_mm_v2.out
 
 
 def _block_values(data: Tensor, blocks: Blocks) -> Tensor:
