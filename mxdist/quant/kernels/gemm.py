@@ -6,7 +6,7 @@ promotion the tensor cores' 14-bit accumulator truncates, a bias of -11 % on all
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +109,7 @@ def _product(a: Blocks, b: Blocks, dtype: torch.dtype, out: Tensor | None = None
     if a.data.device.type == "cpu":  # for the tests: the function, in float32
         result = (_block_values(a.data, a) @ _block_values(b.data.t(), b).t()).to(dtype)
         return result if out is None else out.copy_(result)
-    arguments = a.data, b.data, a.scale, a.recipe, [], b.scale, b.recipe, [], None, dtype
+    arguments: tuple[Any, ...] = a.data, b.data, a.scale, a.recipe, [], b.scale, b.recipe, [], None, dtype
     return _scaled_mm(*arguments) if out is None else _scaled_mm_out(*arguments, out=out)
 
 
