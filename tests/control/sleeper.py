@@ -5,6 +5,7 @@ import signal
 import time
 
 from mxdist.errors import OutOfMemory, ParityError, UserError
+from mxdist.rollout.arrivals import Arrivals
 
 
 class Sleeper:
@@ -38,11 +39,29 @@ class Stateful:
     """Answers with the weights it was given and what it is asked."""
 
     def __init__(self, answers: list[str]) -> None:
-        self.answers, self.weights = answers, "none"
+        self.answers, self.weights, self.arrivals = answers, "none", Arrivals()
 
     def load_weights(self, weights: list[str]) -> list[str]:
         [self.weights] = weights
         return weights
+
+    def offer_weights(self, ticket: int, weights: list[str]) -> None:
+        self.arrivals.offer(ticket, weights)
+
+    def load_offered(self, ticket: int, weights: list[str]) -> list[str]:
+        taken = self.arrivals.close(ticket)
+        return self.load_weights(weights) if taken is None else ["taken", *weights]
+
+    def swap(self, die_in: str = "") -> str:
+        """Wait for weights to come meanwhile, and take them; then die, unless it has once."""
+        before = self.weights
+        while not (die_in and os.path.exists(die_in)) and (offered := self.arrivals.take()) is None:
+            time.sleep(0.01)
+        if not (die_in and os.path.exists(die_in)):
+            self.load_weights(offered[1])
+            self.arrivals.settle(offered[0], self.weights)
+            self.answer("", die_in)
+        return f"{before} to {self.weights}"
 
     def answer(self, question: str, die_in: str = "") -> str:
         if die_in and not os.path.exists(die_in):

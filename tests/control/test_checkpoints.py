@@ -109,7 +109,8 @@ def test_a_full_disk_is_an_error_that_leaves_the_earlier_checkpoint(tmp_path: Pa
 
 
 def test_batches_sampled_ahead_come_back_bit_for_bit(tmp_path: Path) -> None:
-    sample = Sample(np.array([3, 1], dtype=np.int64), np.array([-0.1, -np.inf], dtype=np.float32), False)
+    tokens, logprobs = np.array([3, 1], dtype=np.int64), np.array([-0.1, -np.inf], dtype=np.float32)
+    sample = Sample(tokens, logprobs, False, drawn_by=((4, 1), (5, 1)))
     group = Group(Prompt("k", (1, 2), "r"), (sample, sample), 4, 0.25)
     result = RolloutResult((group,), EntropyStatistics(1.5, 4), 0.5, 3, 0.1)
     sampling = SamplingSettings(2, 1.0, 8, 2**62 + 1)
@@ -122,6 +123,8 @@ def test_batches_sampled_ahead_come_back_bit_for_bit(tmp_path: Path) -> None:
         assert there.dtype == here.dtype
         assert there.tobytes() == here.tobytes()
     assert again.prompt == group.prompt
+    assert again.samples[0].drawn_by == ((4, 1), (5, 1))
+    assert again.token_versions().tolist() == [4, 5, 4, 5]
     assert (found.cursor, found.sampling, found.noise) == (Cursor(1, 8), sampling, Noise(0.25, 7))
     write_records(tmp_path / "none", [])
     assert read_records(tmp_path / "none", SavedBatch) == []

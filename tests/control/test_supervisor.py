@@ -10,6 +10,7 @@ import pytest
 import ray
 
 from mxdist.config import Config
+from mxdist.control.groups import RolloutPool
 from mxdist.control.processes import Process
 from mxdist.control.roster import Roster
 from mxdist.control.supervisor import Call, Supervisor, Worker
@@ -80,6 +81,24 @@ def test_weights_stay_with_the_answers_that_were_asked_for_under_them(pool: Pool
     os.kill(pool.pid(), signal.SIGKILL)
     assert pool.results([pool.ask("c")]) == ["yes v2 c"]
     assert pool.results([first, second]) == ["yes v1 a", "yes v2 b"]
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_weights_are_taken_in_flight_or_in_their_turn_by_who_takes_the_place_of_one_that_died_of_them(
+    pool: Pool, tmp_path: Path, dies: bool
+) -> None:
+    roster = pool.roster
+    worker = Worker(partial(roster.start, "rollout worker 1", 0.1, 0, aside=True))
+    engines = RolloutPool([worker], pool.supervisor)
+    first = [worker.construct("tests.control.sleeper:Stateful", ["yes"]), *engines.load_weights([ray.put("v1")], 1)]
+    engines.wait(first, 60, "start")
+    die_in = str(tmp_path / "died") if dies else ""
+    sampling = worker.call(lambda process: process.call("rollout", "swap", die_in))
+    loads = engines.load_weights_in_flight([ray.put("v2")], 2)
+    after = worker.call(lambda process: process.call("rollout", "answer", "a"))
+    found = engines.wait([sampling, *loads, after], 60, "rollout")
+    assert found == (["v1 to v1", ["v2"], "yes v2 a"] if dies else ["v1 to v2", ["taken", "v2"], "yes v2 a"])
+    assert len(pool.notes) == dies
 
 
 def test_weights_that_newer_ones_follow_at_once_are_not_given_again(pool: Pool) -> None:

@@ -1,6 +1,6 @@
 """Weights that an engine takes while it samples, with the real vLLM: which token is whose, and what is left alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from mxdist.sync.parity import compare_checksums
 from mxdist.sync.payload import learner_checksums
 from tests.rollout.comparing import answers, sync
 from tests.rollout.engine_process import EngineProcess
+from tests.rollout.offering import Scripted, generate_with_offers
 from tests.rollout.reference_model import answer_logprobs, payloads, random_tensors, reference_model
 
 VOCABULARY, NEVER, CONTEXT, LENGTH = 24, 23, 80, 24
@@ -26,8 +27,6 @@ PROMPTS = tuple(
     Prompt(f"train-{i}", (1, *[3 + (5 * i + j * j) % 20 for j in range(length)]), "")
     for i, length in enumerate((4, 34))
 )
-Offers = list[tuple[int, list[WeightPayload]]]
-"""(steps of the engine before it, payloads) of each push."""
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +182,8 @@ def test_live_weights_that_are_not_what_was_sent_draw_nothing(engine: EngineProc
 
 def test_an_offer_is_taken_once_and_not_after_its_turn() -> None:
     arrivals = Arrivals()
-    first, second = payload_lists()
+    first: list[WeightPayload] = []
+    second: list[WeightPayload] = []
     arrivals.offer(0, first)
     arrivals.offer(1, second)
     assert arrivals.take() == (0, first)
@@ -195,32 +195,7 @@ def test_an_offer_is_taken_once_and_not_after_its_turn() -> None:
     assert arrivals.take() is None
 
 
-def payload_lists() -> tuple[list[WeightPayload], list[WeightPayload]]:
-    return [], []
-
-
 # Executed in the engine's process --------------------------------------------------------------------------------
-
-
-class Scripted(Arrivals):
-    """Offers come before given steps."""
-
-    def __init__(self, offers: Offers, also: Callable[[int], None] | None = None) -> None:
-        super().__init__()
-        self._offers, self._step, self._also = dict(offers), 0, also
-
-    def take(self) -> tuple[int, list[WeightPayload]] | None:
-        if self._also:
-            self._also(self._step)
-        if self._step in self._offers:
-            self.offer(len(self._outcomes), self._offers[self._step])
-        self._step += 1
-        return super().take()
-
-
-def generate_with_offers(worker: RolloutWorker, request: RolloutRequest, offers: Offers) -> RolloutResult:
-    worker._arrivals = Scripted(offers)
-    return worker.generate(request)
 
 
 def live_checksums(worker: RolloutWorker) -> dict[str, dict[str, int]]:

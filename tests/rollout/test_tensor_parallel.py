@@ -19,8 +19,11 @@ from mxdist.model.recipes import model_recipes
 from mxdist.model.shape import ModelShape
 from mxdist.quant.checksum import combine
 from mxdist.rollout.worker import RolloutWorker
+from mxdist.sync.parity import compare_checksums
+from mxdist.sync.payload import learner_checksums
 from tests.rollout.comparing import answers, logprob_differences, sync
 from tests.rollout.engine_process import EngineProcess
+from tests.rollout.offering import generate_with_offers
 from tests.rollout.reference_model import payloads, random_tensors
 
 VOCABULARY, STOPS, CONTEXT = 64, (2, 7), 48
@@ -108,6 +111,19 @@ def test_a_refused_load_is_named_as_by_one_process_and_leaves_the_old_weights(en
     result = engine.generate(request_of())
     assert answers(result) == before
     assert result.groups[0].policy_version == 1
+
+
+def test_both_processes_go_on_with_weights_that_come_in_flight_and_keep_their_noise(engine: EngineProcess) -> None:
+    sync(engine, seed=2, version=2)
+    whole = answers(engine.generate(request_of(Noise(0.05, 5))))
+    sync(engine, seed=1, version=1)
+    sent = payloads(random_tensors(engine.shape, 2), model_recipes(engine.config), 2)
+    noisy = engine.run(generate_with_offers, request_of(Noise(0.05, 5)), [(1, sent)])
+    assert noisy.perturbed_modules == len(engine.report.noise_modules)
+    assert {s.drawn_by[:1] for group in noisy.groups for s in group.samples} == {((1, 1),)}
+    assert {s.drawn_by[1:] for group in noisy.groups for s in group.samples} >= {((2, 7),)}
+    compare_checksums(learner_checksums(sent), engine.run(RolloutWorker.load_offered, 0, sent))
+    assert answers(engine.generate(request_of(Noise(0.05, 5)))) == whole
 
 
 @pytest.mark.parametrize("engine", ["qwen2-mxfp4_of"], indirect=True)
