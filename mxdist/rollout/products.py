@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mxdist.quant.backend import fake_quantise, quantisers_lack
-from mxdist.quant.kernels.options import DECODE_ROWS, missing_in_packed
+from mxdist.quant.kernels.options import DECODE_ROWS, TILE_ROWS, missing_in_packed, runs_in_tiles
 from mxdist.quant.kernels.plan import Gemm, device_lacks, plan
 from mxdist.quant.layout import as_rows
 from mxdist.quant.linear import mx_linear
@@ -72,7 +72,8 @@ def choose(recipe: Recipe, shape: tuple[int, int], rows: int, device: Abilities)
     """How ``rows`` rows are multiplied with a packed weight of ``shape`` [outputs, inputs]."""
     if recipe.w is None or not device.triton or missing_in_packed(recipe.w) is not None:
         return Product.EXPANDED
-    if rows <= DECODE_ROWS:
+    in_tiles = device.fp8 and runs_in_tiles(recipe.w, shape[1], recipe.x_fwd)
+    if rows <= (TILE_ROWS if in_tiles else DECODE_ROWS):
         return Product.DECODE
     # The plan's forms for training may share scales over squares; any of them also runs with a scale per tile.
     runs_in_fp8 = plan(recipe, *shape).forward.gemm in (Gemm.ROW, Gemm.BLOCK, Gemm.TILE)
@@ -145,7 +146,8 @@ def grouped_linear(rows: Tensor, weight: LiveWeight, recipe: Recipe, of: ExpertR
         return rows.new_empty(0, outputs)
     if weight.values is None:
         few = 1 if of.on_device else -(-len(rows) // sum(size > 0 for size in of.sizes))
-        if choose(recipe, (outputs, inputs), few, abilities(rows.device)) is Product.DECODE:
+        product = choose(recipe, (outputs, inputs), few, abilities(rows.device))
+        if product is Product.DECODE and few <= DECODE_ROWS:
             from mxdist.quant.kernels import decode
 
             return decode.multiply_experts(rows, weight.packed(), of.groups)

@@ -3,8 +3,9 @@
     y = Q(x) W^T    x [M, K], W packed; float32 accumulation, rounded once
 
 With few rows a product takes as long as reading W, so a quarter of the bytes counts and arithmetic on x does not.
-`decode_halves` multiplies 16-bit x with weights in blocks of 32; the kernel here does all else, float32 x and blocks of
-16, and rounds weights to x's dtype first. Both add partial sums in a fixed order: the same x gives the same y.
+`decode_tiles` multiplies 16-bit x that it quantises with weights of one term in FP8; `decode_halves` fewer rows, those
+that come quantised, experts, and weights of two terms, in blocks of 32; the kernel here does all else, float32 x and
+blocks of 16, and rounds weights to x's dtype first. All add partial sums in a fixed order: the same x gives the same y.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mxdist.quant.format import TILE
 from mxdist.quant.kernels import decode_halves, quant_terms
+from mxdist.quant.kernels.decode_tiles import multiply_tiles, tile_shape_of
 from mxdist.quant.kernels.device import INTERPRETED
 from mxdist.quant.kernels.groups import Groups, tile_height
+from mxdist.quant.kernels.options import runs_in_tiles
 from mxdist.quant.kernels.packed import UNSHIFT, Source, load_values
+from mxdist.quant.kernels.plan import device_lacks
 from mxdist.quant.kernels.quant_halves import takes
 from mxdist.quant.recipe import Operand
 from mxdist.quant.tensor import MXTensor
@@ -30,6 +35,8 @@ WIDTH, DEPTH = 64, 128
 """Outputs of a program, and elements along K that it takes at a time."""
 WARPS, STAGES = 4, 4
 PROGRAMS_PER_MULTIPROCESSOR = 3
+HALVES_ROWS = 8
+"""Rows up to which `decode_halves` is faster than `decode_tiles`, where both can."""
 
 
 @triton.jit
@@ -114,6 +121,9 @@ def _launch(
         return torch.zeros(rows, outputs, dtype=x.dtype, device=device)
     if x.stride(1) != 1:
         x = x.contiguous()
+    if groups is None and operand is not None and _in_tiles(x, weight.operand, operand):
+        cut = tile_shape_of(rows, outputs, k // TILE, _multiprocessors(device))
+        return multiply_tiles(x, weight, bias, operand, cut)
     height = groups.height if groups else tile_height(rows)
     table, tiles = (groups.table, len(groups.table)) if groups else (None, triton.cdiv(rows, height))
     if x.dtype in (torch.bfloat16, torch.float16) and source.constants["BLOCK"] == decode_halves.BLOCK:
@@ -134,6 +144,12 @@ def _launch(
     )  # fmt: skip
     total = out[0] if parts == 1 else out.sum(0)
     return (total if bias is None else total + bias).to(x.dtype)
+
+
+def _in_tiles(x: Tensor, weight: Operand, operand: Operand) -> bool:
+    """True where FP8 tensor cores are there and faster: not for rows so few that most of their work is for nothing."""
+    halves = x.dtype in (torch.bfloat16, torch.float16) and len(x) > HALVES_ROWS
+    return halves and runs_in_tiles(weight, x.shape[1], operand) and device_lacks(x.device) is None
 
 
 def _split(k: int, tiles: int, multiprocessors: int) -> tuple[int, int]:

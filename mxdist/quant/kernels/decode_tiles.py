@@ -85,7 +85,7 @@ def expanded(byte, shift):
 
 @triton.jit
 def _expanded_tiles(byte, shift, WIDTH: tl.constexpr):
-    """As `expanded`, of bytes [WIDTH, 4, 16], a block a line, and shifts [WIDTH, 4]: [WIDTH, 128].
+    """As `expanded`, of bytes [WIDTH, 64], sixteen a block, and shifts [WIDTH, 4]: [WIDTH, 128].
 
     Element 32 b + 8 w + 4 h + i of a tile comes to 32 w + 16 h + 4 b + i, where the lane that holds block b needs it.
     """
@@ -115,7 +115,7 @@ def _factor(unit, byte, METHOD: tl.constexpr):
 def _tile_sums(byte, word, shifts, held, WIDTH: tl.constexpr):
     """Products over a tile [WIDTH, BM], to be multiplied by both factors; and the weights' units [WIDTH].
 
-    byte  codes [WIDTH, 4, 16];  word  the tile's four E8M0 codes [WIDTH];  shifts  [1, 4], from memory
+    byte  codes [WIDTH, 64];  word  the tile's four E8M0 codes [WIDTH];  shifts  [1, 4], from memory
     """
     unit = unit_of(_top(word))
     w = _expanded_tiles(byte, ((word[:, None] >> shifts) & 255) - unit[:, None], WIDTH)
@@ -147,8 +147,7 @@ def _product(
     if AHEAD:
         gdc_wait()  # all that is read or written from here on may be of the kernel ahead
         gdc_launch_dependents()  # not sooner: kernels that wait would pile up and take the room of this one
-    n = 16 * tl.arange(0, 4)[None, :, None] + tl.arange(0, 16)[None, None, :]
-    byte_pointers = codes + weight_row[:, None, None] * (tiles * 64) + n
+    byte_pointers = codes + weight_row[:, None] * (tiles * 64) + tl.arange(0, 64)[None, :]
     word_pointers = scale_words + weight_row * tiles
     macro_row = macro + weight_row * tiles if METHOD != 0 else codes
     held_pointers = x + r.to(tl.int64)[:, None] * x_stride + tl.arange(0, 128)[None, :]
@@ -205,11 +204,12 @@ class TileShape:
 def tile_shape_of(rows: int, outputs: int, tiles: int, multiprocessors: int) -> TileShape:
     """The shape for x [rows, 128 tiles] and W [outputs, 128 tiles]: the fastest on an H200, or close to it."""
     height = max(16, min(128, triton.next_power_of_2(rows)))
-    width, warps, stages = (128, 8, 3) if height == 128 else (64, 4, 4)
+    width, warps, stages = 64, 4, 3 if height == 128 else 4
     programs = triton.cdiv(outputs, width) * triton.cdiv(rows, height)
-    split = max(1, min(multiprocessors // programs, tiles // 4))
-    # Programs that wait take the place of those whose sums others wait for.
-    return TileShape(height, width, warps, stages, deep=1, split=split, ahead=split == 1)
+    # Few steps of a long row: two programs for a multiprocessor. Of a short one they would cost more than they save.
+    wanted = (2 if tiles > 32 else 1) * multiprocessors
+    split = max(1, min(wanted // programs, tiles // 4))
+    return TileShape(height, width, warps, stages, deep=1, split=split)
 
 
 def multiply_tiles(x: Tensor, weight: MXTensor, bias: Tensor | None, operand: Operand, shape: TileShape) -> Tensor:

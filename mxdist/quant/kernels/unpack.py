@@ -24,28 +24,29 @@ def _unpack_kernel(
     codes, code_width, scales, scale_width, macro, macro_width, rows, tiles, data, data_stride, scale, scale_stride,
     METHOD: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    # A thread reads eight bytes and writes sixteen, so that a warp writes whole lines.
+    # A thread reads eight bytes and writes sixteen, a warp whole lines: pieces come before rows, or Triton would give
+    # every thread of a warp a row of its own.
+    PIECES: tl.constexpr = 8 * TILES
     first, r = tl.program_id(0) * TILES, tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    far, inside, piece = r.to(tl.int64), r < rows, 8 * first + tl.arange(0, 8 * TILES)
-    n = (8 * piece)[None, :, None] + tl.arange(0, 8)[None, None, :]
-    byte = tl.load(
-        codes + far[:, None, None] * code_width + n, mask=inside[:, None, None] & (n < code_width), other=0
-    )  # fmt: skip
-    there = inside[:, None] & (piece // 2 < scale_width)[None, :]
-    code = tl.load(scales + far[:, None] * scale_width + (piece // 2)[None, :], mask=there, other=1).to(tl.int32)
-    code = tl.reshape(code, [ROWS, TILES, 8])
-    unit = unit_of(tl.max(code, axis=2))
-    shift = tl.reshape(code - unit[:, :, None], [ROWS * 8 * TILES])
-    y = tl.reshape(expanded(tl.reshape(byte, [ROWS * 8 * TILES, 8]), shift), [ROWS, 8 * TILES, 16])
-    c = (16 * piece)[None, :, None] + tl.arange(0, 16)[None, None, :]
-    kept = inside[:, None, None] & (piece < 8 * tiles)[None, :, None]
-    tl.store(data + far[:, None, None] * data_stride + c, y.to(tl.float8e4nv), mask=kept)
+    far, inside, piece = r.to(tl.int64), r < rows, 8 * first + tl.arange(0, PIECES)
+    n = (8 * piece)[:, None, None] + tl.arange(0, 8)[None, None, :]
+    there = inside[None, :, None] & (n < code_width)
+    byte = tl.load(codes + far[None, :, None] * code_width + n, mask=there, other=0)
+    block = (piece // 2)[:, None]
+    code = tl.load(scales + far[None, :] * scale_width + block, mask=inside[None, :] & (block < scale_width), other=1)
+    code = tl.reshape(code.to(tl.int32), [TILES, 8, ROWS])
+    unit = unit_of(tl.max(code, axis=1))
+    shift = tl.reshape(code - unit[:, None, :], [PIECES * ROWS])
+    y = tl.reshape(expanded(tl.reshape(byte, [PIECES * ROWS, 8]), shift), [PIECES, ROWS, 16])
+    c = (16 * piece)[:, None, None] + tl.arange(0, 16)[None, None, :]
+    kept = inside[None, :, None] & (piece < 8 * tiles)[:, None, None]
+    tl.store(data + far[None, :, None] * data_stride + c, y.to(tl.float8e4nv), mask=kept)
     decoded, tile = power_of_two(unit), first + tl.arange(0, TILES)
-    present = inside[:, None] & (tile < tiles)[None, :]
+    present = inside[None, :] & (tile < tiles)[:, None]
     if METHOD != terms.NO_FACTOR:
-        own = macro + far[:, None] * macro_width + tile[None, :]
+        own = macro + far[None, :] * macro_width + tile[:, None]
         decoded = decoded * terms.factors(tl.load(own, mask=present, other=0).to(tl.int32), METHOD)[1]
-    tl.store(scale + tile.to(tl.int64)[None, :] * scale_stride + r[:, None], decoded, mask=present)
+    tl.store(scale + tile.to(tl.int64)[:, None] * scale_stride + r[None, :], decoded, mask=present)
 
 
 def unpack(mx: MXTensor, nonfinite: NonFinite = "error") -> Fp8Matrix:

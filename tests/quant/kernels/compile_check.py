@@ -214,7 +214,7 @@ def tiles_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     yield "tiles, 32 rows", decode_tiles._product, plain, 4
     every = {key: value for key, value in plain.items() if key not in absent}
     yield "tiles, all", decode_tiles._product, every | {"METHOD": terms.SEARCHED.value, "SPLIT": 4}, 4
-    yield "tiles, 128 rows", decode_tiles._product, plain | {"BM": 128, "WIDTH": 128, "STAGES": 3}, 8
+    yield "tiles, 128 rows", decode_tiles._product, plain | {"BM": 128, "STAGES": 3}, 4
     options = {"ROWS": quant_lanes._ROWS[1], "CARRY": CEIL, "SATURATE": False, "MACRO_BITS": 8, "EARLY": True}
     yield "rows to lanes", quant_lanes._to_lanes, options, quant_lanes._WARPS
 

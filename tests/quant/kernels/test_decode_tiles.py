@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 import triton
 import triton.language as tl
 
-from mxdist.quant.kernels import decode_tiles
+from mxdist.quant.kernels import decode, decode_tiles
 from mxdist.quant.kernels.decode_tiles import TileShape, multiply_tiles
 from mxdist.quant.kernels.options import runs_in_tiles
 from mxdist.quant.kernels.quant_lanes import quantise_lanes
@@ -85,7 +85,8 @@ def test_products_are_those_of_the_references_values(
     x, weight = matrix(rows, k), packed(outputs, k, own)
     assert runs_in_tiles(own, k, operand)
     x_q, values = fake_quantise(x, operand).double(), weight.dequantise(torch.float32).double()
-    sums = 2.0**-20 * (x_q.abs() @ values.abs().t())  # rounding of float32 sums of tiles
+    # Float32 sums of tiles. Hopper adds 32 products in 14 bits, of the largest: blocks here are far apart.
+    sums = (2.0**-9 if DEVICE.type == "cuda" else 2.0**-20) * (x_q.abs() @ values.abs().t())
     for bias in (None, torch.randn(outputs, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)):
         got, wanted = multiply_tiles(x, weight, bias, operand, shape), x_q @ values.t()
         wanted = wanted if bias is None else wanted + bias.double()
@@ -101,3 +102,22 @@ def test_two_terms_partial_tiles_and_rotated_rows_are_left_to_others() -> None:
     assert not runs_in_tiles(plain, 320, plain)
     assert not runs_in_tiles(plain, 256, None)
     assert not runs_in_tiles(plain, 256, Operand(hadamard="plain"))
+
+
+def test_rows_that_an_engine_multiplies_go_in_tiles_where_fp8_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "device_lacks", lambda _device: None)
+    (operand, own), rows = operands("mxfp4"), decode.HALVES_ROWS + 1
+    x, weight = matrix(rows, 256), packed(96, 256, own)
+    shape = decode_tiles.tile_shape_of(rows, 96, 2, decode._multiprocessors(DEVICE))
+    wanted = multiply_tiles(x, weight, None, operand, shape)
+    assert torch.equal(decode.multiply(x, weight, operand=operand), wanted)
+
+
+def test_a_product_is_cut_so_that_it_fills_the_gpu_and_tiles_hold_its_rows() -> None:
+    for rows in (9, 16, 40, 64, 100, 256):
+        for outputs, k in ((2560, 2048), (2048, 2048), (22016, 2048), (2048, 11008)):
+            shape = decode_tiles.tile_shape_of(rows, outputs, k // 128, 132)
+            programs = -(-outputs // shape.width) * -(-rows // shape.height) * shape.split
+            assert 64 <= programs <= 800, (rows, outputs, k, shape)
+            assert rows <= shape.height or shape.height == 128
+            assert shape.width >= 16 * shape.warps  # a warp group has 64 outputs
