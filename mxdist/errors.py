@@ -54,5 +54,16 @@ class ProcessDied(ProcessFailure):
     """A process of the run, or the node it was on, is gone."""
 
 
+class SyncInterrupted(ProcessFailure):
+    """Weights did not come whole to an engine, which goes on as soon as it is given them again."""
+
+    def __init__(self, message: str, generation: int = -1, processes: tuple[str, ...] = ()) -> None:
+        super().__init__(message, processes)
+        self.generation = generation  # see ``sync.broadcast``
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.generation, self.processes)
+
+
 class DeadlineExceeded(ProcessFailure):
     """A named wait between processes took longer than its deadline."""

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 
 TensorKind = Literal["mx", "dense"]
-Transport = Literal["host", "ipc"]
 BucketKind = Literal["codes", "scales", "bytes", "float32", "bfloat16"]
 BUCKET_DTYPES: dict[BucketKind, np.dtype[Any]] = {
     "codes": np.dtype(np.uint8),
@@ -128,6 +127,7 @@ class DevicePlace:
     """Where a process computes."""
 
     host: str  # a machine, or a container of it
+    on_gpu: bool
     cannot_share: str | None  # why no other process can read its GPU's memory, as the end of "it ..."
 
 
@@ -294,6 +294,30 @@ class SharedBuckets:
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """Where and when one version of the weights is broadcast; see ``sync.broadcast``."""
+
+    address: str  # "host:port" of the controller's store
+    generation: int
+    number: int  # no two meetings of a run have the same
+    receivers: int  # processes of all engines
+    arrival: float  # seconds within which all must have come
+    transfer: float  # seconds that a bucket may take then
+
+
+Transport = Literal["host", "ipc"] | Meeting
+"""How the payloads of one version travel; a meeting: they are broadcast there."""
+
+
+@dataclass(frozen=True)
+class BroadcastBuckets:
+    """Buckets that a learner rank broadcasts."""
+
+    owner: str  # such as "learner rank 0"
+    meeting: Meeting
+
+
+@dataclass(frozen=True)
 class WeightPayload:
     """The tensors one learner rank owns; the payloads of all ranks together are the whole model."""
 
@@ -301,7 +325,7 @@ class WeightPayload:
     recipes: dict[str, object]  # ModelRecipes.to_dict(); an engine with others refuses the payload
     manifest: Manifest = field(repr=False)
     checksums: np.ndarray = field(repr=False)  # uint64 [len(manifest.checked)], of what the learner computes with
-    buckets: tuple[np.ndarray, ...] | SharedBuckets = field(repr=False)  # uint8 [nbytes] each
+    buckets: tuple[np.ndarray, ...] | SharedBuckets | BroadcastBuckets = field(repr=False)  # uint8 [nbytes] each
     seconds: float = 0.0  # that the rank took to make it
 
     @property
@@ -310,9 +334,9 @@ class WeightPayload:
 
     @property
     def entries(self) -> tuple[TensorEntry, ...]:
-        """Tensor by tensor, on the memory of the buckets. ValueError when those are on a GPU of the learner's."""
-        if isinstance(self.buckets, SharedBuckets):
-            raise ValueError(f"the buckets are on the GPU of {self.buckets.owner}")
+        """Tensor by tensor, on the memory of the buckets. ValueError when those stayed with the learner."""
+        if not isinstance(self.buckets, tuple):
+            raise ValueError(f"the buckets are with {self.buckets.owner}")
         sums = iter(self.checksums.tolist())
         dtypes = [BUCKET_DTYPES[bucket.kind] for bucket in self.manifest.buckets]
         entries = []

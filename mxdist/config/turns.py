@@ -1,4 +1,7 @@
-"""When learner and engines may be at work: what sleep and updates in flight need. Raises ValueError, for ``schema``."""
+"""When learner and engines may be at work: what sleep, updates in flight and broadcasts of weights need.
+
+Raises ValueError, for ``schema``.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def check_turns(config: "Config") -> None:
-    """Raise ValueError, one sentence, when ``rollout.sleep`` or ``sync.update`` asks for what cannot be."""
+    """Raise ValueError, one sentence, when ``rollout.sleep`` or ``sync`` asks for what cannot be."""
     if config.rollout.sleep:
         _check_sleep(config)
     if config.sync.update == "in_flight" and not config.rollout.max_lag:
@@ -15,6 +18,26 @@ def check_turns(config: "Config") -> None:
             "sync.update=in_flight gives engines new weights while they sample, and with rollout.max_lag=0 they wait "
             "for the weights instead; set rollout.max_lag=1 or more, or sync.update=drained"
         )
+
+
+    if config.sync.transport == "broadcast" and (obstacle := broadcast_lacks(config)):
+        raise ValueError(f"sync.transport=broadcast {obstacle}")
+
+
+def broadcast_lacks(config: "Config") -> str | None:
+    """Why weights cannot be broadcast with these settings, and what to change; None when they can be."""
+    learner, rollout = config.learner.gpus_per_rank, config.rollout.gpus_per_worker
+    if learner % 1 or rollout % 1:
+        return (
+            f"needs a GPU for each process, since NCCL does, and learner.gpus_per_rank={learner:g} with "
+            f"rollout.gpus_per_worker={rollout:g} share some; set sync.transport=ipc"
+        )
+    if config.sync.update == "in_flight":
+        return (
+            "needs all engines at the same time, and with sync.update=in_flight they come between any two of their "
+            "steps; set sync.update=drained, or another sync.transport"
+        )
+    return None
 
 
 def _check_sleep(config: "Config") -> None:

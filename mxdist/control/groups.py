@@ -1,6 +1,7 @@
 """The learner group and the rollout pool: several processes that act as one."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -52,6 +53,17 @@ class LearnerGroup:
         """Each rank's payload stays in Ray's object store, or on its GPU; the references go to the engines."""
         return self._all(f"export of weights version {version}", "export", version, transport)
 
+    def export_again(self, version: int) -> list["ray.ObjectRef"]:
+        """Payloads of a version that engines missed when it was broadcast, for Ray's object store to carry.
+
+        Raises:
+            ProcessDied: a rank is gone, and with it what it held.
+            RunStopped: a rank holds newer versions alone.
+        """
+        pending = self._all(f"export of weights version {version} once more", "export_again", version)
+        wait_for(pending, self._deadlines.sync, "sync")
+        return [call.ref for call in pending]
+
     def save(self, directory: Path) -> None:
         wait_for(self._all("checkpoint", "save", directory), self._deadlines.checkpoint, "checkpoint")
 
@@ -79,13 +91,23 @@ class RolloutPool:
     def start(self) -> list[Call]:
         return [worker.call(lambda process: process.call("start", "start"), "engine") for worker in self._workers]
 
-    def load_weights(self, payloads: Sequence["ray.ObjectRef"], version: int) -> list[Call]:
-        """Each worker holds on to the payloads of the weights it has, to give them to a process that replaces its."""
+    def load_weights(
+        self,
+        payloads: Sequence["ray.ObjectRef"],
+        version: int,
+        again: Callable[[], Sequence["ray.ObjectRef"]] | None = None,
+    ) -> list[Call]:
+        """Each worker holds on to the payloads of the weights it has, to give them to a process that replaces its.
+
+        Args:
+            again: finds those that serve when the weights have to be given once more, where ``payloads`` serve once.
+        """
         doing = f"sync of weights version {version}"
-        return [
-            worker.call(lambda process: process.call_with_list(doing, "load_weights", payloads), "weights")
-            for worker in self._workers
-        ]
+        calls = []
+        for worker in self._workers:
+            found = itertools.chain([lambda: payloads], itertools.repeat(again or (lambda: payloads)))
+            calls.append(worker.call(partial(_load_weights, doing=doing, found=found), "weights"))
+        return calls
 
     def load_weights_in_flight(self, payloads: Sequence["ray.ObjectRef"], version: int) -> list[Call]:
         """As ``load_weights``, but a worker that is sampling when they come goes on with them.
@@ -127,6 +149,15 @@ class RolloutPool:
         """Nobody waits for the calls under way any more: the run goes on from a checkpoint."""
         for worker in self._workers:
             worker.forget_unfinished()
+
+    def forget_weights(self) -> None:
+        """The learner that the engines' weights came from is no more, and the next will send its own."""
+        for worker in self._workers:
+            worker.forget("weights")
+
+
+def _load_weights(process: Process, doing: str, found: Iterator[Callable[[], Sequence["ray.ObjectRef"]]]) -> Pending:
+    return process.call_with_list(doing, "load_weights", next(found)())
 
 
 def _generate(process: Process, doing: str, request: RolloutRequest) -> Pending:

@@ -21,6 +21,7 @@ from mxdist.errors import UserError
 
 # Out of the range from which Linux gives ports away: until torch listens, nobody else should get the one found free.
 FREE_PORTS = range(21_000, 30_000)
+LOOPBACK = "127.0.0.1"
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -29,6 +30,11 @@ def worker_variables(config: Config) -> dict[str, str]:
     if config.cluster.address is None:
         return {VARIABLES[0]: "lo"}
     return dict.fromkeys(VARIABLES, config.cluster.interface) if config.cluster.interface else {}
+
+
+def address(config: Config) -> str:
+    """Of the controller, for what other processes ask of it."""
+    return LOOPBACK if config.cluster.address is None else ray.util.get_node_ip_address()
 
 
 def settle_interface() -> None:

@@ -46,7 +46,6 @@ WORKER_ENVIRONMENT = {
 }
 REWARD_WORKER_CPUS = 0.25
 CONNECT_SECONDS = 5.0
-LOOPBACK = "127.0.0.1"
 
 
 class WorkerProcess:
@@ -203,7 +202,7 @@ def _start_here(config: Config, common: dict[str, Any]) -> None:
         try:
             ray.init(
                 address="local",  # else it would join any cluster that it finds running here
-                _node_ip_address=LOOPBACK,
+                _node_ip_address=network.LOOPBACK,
                 # Logical CPUs: the actors share whatever cores there are.
                 num_cpus=max(int(cpus_wanted(config)) + 1, os.cpu_count() or 1),
                 include_dashboard=False,

@@ -1,6 +1,7 @@
 """The one place that decides what follows when a process of the run dies or stops answering.
 
     a rollout or reward worker   replaced; its unfinished calls are made again on the new process
+    weights that did not arrive  given to the engine again, and the calls behind them made again
     a learner rank               all ranks replaced, and the loop's state with them, from the newest checkpoint
     a guard that rolls back      the loop and the learner taken back to the newest checkpoint
     more than run.restarts such failures between two checkpoints, or any failure of another kind: the run stops
@@ -17,7 +18,8 @@ from mxdist.config import Config
 from mxdist.control.processes import Process
 from mxdist.control.roster import Roster
 from mxdist.control.waits import Pending, succeeded, wait_for
-from mxdist.errors import DeadlineExceeded, ProcessFailure, RollBack, RunStopped
+from mxdist.errors import DeadlineExceeded, ProcessFailure, RollBack, RunStopped, SyncInterrupted
+from mxdist.sync.broadcast import Meetings
 
 
 class Worker:
@@ -68,6 +70,16 @@ class Worker:
             call.pending = call.send(self._process)
         return [call for call in again if call.finished]
 
+    def repeat(self) -> None:
+        """Make the calls again that have not succeeded, on the same process, which has refused them or will."""
+        for call in self._calls:
+            if not succeeded(call.pending):
+                call.pending = call.send(self._process)
+
+    def forget(self, lasting: str) -> None:
+        """A new process is not given such state any more: what it was set from may be no more."""
+        self._calls = [call for call in self._calls if call.lasting != lasting]
+
     def forget_unfinished(self) -> None:
         """Calls under way are of no interest any more. They still run to their end, before any later one."""
         self._calls = [call for call in self._calls if call.finished]
@@ -107,6 +119,7 @@ class Supervisor:
         self._start_deadline = config.deadlines.start
         self._note = note
         self._since_checkpoint = 0
+        self.meetings: Meetings | None = None  # at which weights are broadcast
 
     def checkpoint_written(self) -> None:
         """The run has made progress that lasts: count failures anew."""
@@ -122,6 +135,9 @@ class Supervisor:
         while True:
             try:
                 found = wait_for([call.pending for call in calls], deadline, deadline_key)
+            except SyncInterrupted as failure:
+                self._repeat(failure, {call.worker for call in calls})
+                continue
             except ProcessFailure as failure:
                 self._replace(failure, {call.worker for call in calls})
                 continue
@@ -137,6 +153,8 @@ class Supervisor:
         if self._since_checkpoint >= self._limit:
             used_up = f"; run.restarts={self._limit} is used up" if self._limit else ""
             raise RunStopped(f"{said}{used_up}") from failure
+        if self.meetings is not None and isinstance(failure, ProcessFailure):
+            self.meetings.end(said)  # whoever waits for that process there need not
         self._since_checkpoint += 1
         self._note(f"{said}; restart {self._since_checkpoint} of at most {self._limit} until the next checkpoint")
 
@@ -148,6 +166,14 @@ class Supervisor:
         if not isinstance(failure, DeadlineExceeded):
             return str(failure)
         return f"{failure}; the stacks of all processes are in {self.roster.report(failure)}"
+
+    def _repeat(self, failure: SyncInterrupted, workers: set[Worker]) -> None:
+        """Give weights again. Counted once for all engines, and not where a process failed before."""
+        for worker in workers:
+            if worker.name in failure.processes:
+                worker.repeat()
+        if self.meetings is not None and self.meetings.is_open(failure.generation):
+            self.take(failure)
 
     def _replace(self, failure: ProcessFailure, workers: set[Worker]) -> None:
         failed = [worker for worker in workers if worker.name in failure.processes]

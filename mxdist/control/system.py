@@ -4,11 +4,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import ray
 
 from mxdist.config import Config
 from mxdist.config.hf_config import model_directory
+from mxdist.config.turns import broadcast_lacks
+from mxdist.control import network
 from mxdist.control.collect import RewardPool
 from mxdist.control.groups import LearnerGroup, RolloutPool
 from mxdist.control.nodes import alive_nodes, require_same_nodes
@@ -19,13 +22,14 @@ from mxdist.control.supervisor import Supervisor
 from mxdist.control.waits import wait_for
 from mxdist.control.workers import reward_workers, rollout_workers
 from mxdist.errors import ProcessFailure
-from mxdist.messages import EngineReport, LearnerReport, Transport
+from mxdist.messages import EngineReport, LearnerReport
 from mxdist.model.checkpoint_contents import open_checkpoint
 from mxdist.model.linear_names import linear_names
 from mxdist.model.recipes import ModelRecipes, model_recipes
 from mxdist.model.shape import ModelShape
 from mxdist.observe.console import Console
 from mxdist.observe.module_names import compact_names
+from mxdist.sync.broadcast import Meetings
 from mxdist.sync.parity import compare_modules
 from mxdist.sync.shared import choose_transport
 from mxdist.tasks.base import Task
@@ -42,7 +46,7 @@ class System:
     rewards: RewardPool
     supervisor: Supervisor
     placement: LearnerPlacement
-    transport: Transport  # of weight syncs
+    transport: Literal["host", "ipc"] | Meetings  # of weight syncs
 
     def restart_learners(self, goes_on: bool) -> None:
         """Replace every learner rank; what the other processes have under way is of no interest any more.
@@ -52,6 +56,7 @@ class System:
         """
         _dismiss_learners(self.supervisor, self.placement)
         self.pool.forget_unfinished()
+        self.pool.forget_weights()
         config = _for_learners(self.config, goes_on)
         self.learners, _ = _start_learners(config, self.shape, self.supervisor, self.placement)
 
@@ -89,6 +94,7 @@ def running(config: Config, task: Task, run_path: Path, console: Console, goes_o
         engine_reports: list[EngineReport] = pool.wait(engines_starting, config.deadlines.start, "start")
         _agree_on_modules(config, learner_reports, engine_reports, console)
         transport = _agree_on_transport(config, learner_reports, engine_reports, console)
+        supervisor.meetings = transport if isinstance(transport, Meetings) else None
         yield System(config, shape, learners, pool, rewards, supervisor, placement, transport)
     except ProcessFailure as failure:
         raise supervisor.stop(failure) from failure
@@ -150,18 +156,36 @@ def _agree_on_modules(
 
 def _agree_on_transport(
     config: Config, learners: list[LearnerReport], engines: list[EngineReport], console: Console
-) -> Transport:
+) -> Literal["host", "ipc"] | Meetings:
     places = {f"learner rank {report.rank}": report.device for report in learners}
     places |= {f"rollout worker {index}": report.device for index, report in enumerate(engines)}
-    transport = choose_transport(config.sync.transport, places, len(alive_nodes()))
-    through = {"host": "Ray's object store", "ipc": "buckets on the learner's GPUs (CUDA IPC)"}[transport]
+    broadcasts = broadcast_lacks(config) is None
+    transport = choose_transport(config.sync.transport, places, len(alive_nodes()), broadcasts)
+    through = {
+        "host": "Ray's object store",
+        "ipc": "buckets on the learner's GPUs (CUDA IPC)",
+        "broadcast": f"broadcasts to all engines ({'NCCL' if learners[0].device.on_gpu else 'gloo'})",
+    }[transport]
     console.note(f"weights go through {through}")
     if config.sync.update == "in_flight":
         console.note(
             "weights reach engines in flight: which tokens a version draws depends on timing, so another run of this "
             "seed will differ"
         )
-    return transport
+    if transport != "broadcast":
+        return transport
+    return meetings(config)
+
+
+def meetings(config: Config) -> Meetings:
+    """Broadcasts that are over before the wait for them is, so that those who came are told apart from who did not."""
+    section, wait = config.rollout, config.deadlines.sync
+    return Meetings(
+        network.address(config),
+        receivers=section.workers * section.tensor_parallel,
+        arrival=section.max_lag * config.deadlines.rollout + wait / 2,
+        transfer=wait / 4,
+    )
 
 
 def _by_recipe(quantised: Sequence[str], recipes: ModelRecipes) -> Iterator[tuple[str, list[str]]]:

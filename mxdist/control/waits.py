@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
-from mxdist.errors import DeadlineExceeded, OutOfMemory, ProcessDied, RunStopped, UserError
+from mxdist.errors import DeadlineExceeded, OutOfMemory, ProcessDied, RunStopped, SyncInterrupted, UserError
 
 GRACE_SECONDS = 5.0  # after one process failed, for Ray to learn that another has died
 GONE = (RayActorError, ObjectLostError)  # the process, or the node that held what it returned
@@ -33,6 +33,7 @@ def wait_for(pending: Sequence[Pending], deadline: float, deadline_key: str) -> 
     Raises:
         DeadlineExceeded: calls are still running at the deadline; all of them are named.
         ProcessDied: a process died, or its node.
+        SyncInterrupted: weights did not reach a process.
         UserError: a process found a mistake of the user's; raised here as it was raised there.
     """
     expiry = time.monotonic() + deadline
@@ -90,6 +91,9 @@ def _raise_if_failed(call: Pending, others: Sequence[Pending], first: Pending) -
     except RayTaskError as error:
         if isinstance(error.cause, OutOfMemory):
             raise OutOfMemory(f"{call.process} {error.cause}") from None
+        if isinstance(error.cause, SyncInterrupted):
+            _raise_if_dead(others)
+            raise SyncInterrupted(f"{call.process}: {error.cause}", error.cause.generation, (call.process,)) from None
         if isinstance(error.cause, UserError | RunStopped):
             raise error.cause from None
         # A rank whose peer is gone fails in its own collective: say who is gone rather than who noticed.

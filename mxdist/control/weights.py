@@ -4,12 +4,17 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import ray
 
 from mxdist.config import Config
 from mxdist.control.groups import LearnerGroup, RolloutPool
 from mxdist.control.supervisor import Call
 from mxdist.control.waits import Pending, wait_for
-from mxdist.messages import Transport, WeightPayload
+from mxdist.messages import WeightPayload
+from mxdist.sync.broadcast import Meetings
 from mxdist.sync.parity import compare_checksums
 from mxdist.sync.payload import PartSums, learner_checksums
 
@@ -30,7 +35,9 @@ class WeightSync:
     ever, when those batches are finished.
     """
 
-    def __init__(self, learners: LearnerGroup, pool: RolloutPool, transport: Transport, config: Config) -> None:
+    def __init__(
+        self, learners: LearnerGroup, pool: RolloutPool, transport: Literal["host", "ipc"] | Meetings, config: Config
+    ) -> None:
         self._learners = learners
         self._pool = pool
         self._transport = transport
@@ -42,8 +49,17 @@ class WeightSync:
     def push(self, version: int) -> None:
         """Start the sync of ``version``."""
         started = time.monotonic()
-        payloads = self._learners.export(version, self._transport)
-        loads = self._load([call.ref for call in payloads], version)
+        if isinstance(self._transport, Meetings):
+            payloads = self._learners.export(version, self._transport.call())
+
+            @cache  # for all engines that missed it
+            def again() -> Sequence["ray.ObjectRef"]:
+                return self._learners.export_again(version)
+
+            loads = self._pool.load_weights([call.ref for call in payloads], version, again)
+        else:
+            payloads = self._learners.export(version, self._transport)
+            loads = self._load([call.ref for call in payloads], version)
         self._open.append(_Push(version, payloads, loads, started))
 
     def check_through(self, version: int) -> dict[str, float]:

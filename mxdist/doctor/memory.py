@@ -160,6 +160,8 @@ def engine_memory(config: Config, on_gpu: bool) -> ProcessMemory:
         "logits and scores": scores,
         # While weights are loaded, or multiplied with many tokens on a GPU, the largest fused matrix exists as values.
         "loading weights": max(0, _largest_fused(config) * element // divided - scores),
+        # All of them whole, in every process, before any is written.
+        "weights received": sync_bytes(config) if config.sync.transport == "broadcast" else 0,
         "work space": CUDA_CONTEXT if on_gpu else CPU_SCRATCH if numbers.quantised else 0,
     }
     return ProcessMemory("rollout engine", rollout.workers * divided, items, AWAKE)

@@ -45,6 +45,10 @@ class Backend(ABC):
         """What this rank owns; the payloads of all ranks hold every Hugging Face tensor exactly once, whole."""
 
     @abstractmethod
+    def export_again(self, version: int) -> WeightPayload:
+        """A version that was exported to be broadcast, once more, through the host."""
+
+    @abstractmethod
     def names_of_reporting_rank(self, names: list[str]) -> list[str]:
         """The ``names`` that the rank gives which reports on the sequences of this one."""
 

@@ -86,6 +86,10 @@ class Exporter:
             self._gather(plan, buckets, values)
         return self._outgoing.finish(recipes.to_dict(), version, values)
 
+    def again(self, version: int) -> WeightPayload:
+        """See ``Outgoing.again``."""
+        return self._outgoing.again(version)
+
     @property
     def _sends_values(self) -> bool:
         """Whether values are compared beside the bytes that they are made of: where engines keep them, on a CPU.

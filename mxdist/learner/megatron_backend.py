@@ -57,6 +57,9 @@ class MegatronBackend(Backend):
     def export(self, recipes: ModelRecipes, version: int, transport: Transport) -> WeightPayload:
         return self._exporter.export(recipes, version, transport)
 
+    def export_again(self, version: int) -> WeightPayload:
+        return self._exporter.again(version)
+
     def names_of_reporting_rank(self, names: list[str]) -> list[str]:
         return parallel.of_last_stage(names)
 

@@ -208,6 +208,10 @@ class LearnerWorker:
             torch.cuda.empty_cache()  # the engine on this GPU is about to wake up
         return payload
 
+    def export_again(self, version: int) -> WeightPayload:
+        """A version that was exported to be broadcast, for engines that it did not reach. RunStopped: too late."""
+        return self._backend.export_again(version)
+
     def save(self, directory: Path) -> None:
         """Begin to write model, optimizer and random state into the existing, empty ``directory``.
 

@@ -87,7 +87,7 @@ class Engine:
         """Call a method of `Rank` in every process that holds a share of the model; their results.
 
         Raises:
-            UserError, RunStopped: as the first process that does.
+            Exception: as the first process that does.
         """
         found = self._llm.collective_rpc("rank_call", args=(method, *arguments))
         for one in found:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from mxdist.errors import ParityError
-from mxdist.messages import BucketKind, Manifest, SharedBuckets, TensorPlace, WeightPayload
+from mxdist.messages import BroadcastBuckets, BucketKind, Manifest, SharedBuckets, TensorPlace, WeightPayload
 from mxdist.model.recipes import ModelRecipes
 from mxdist.quant.checksum import Spans, checksums
 from mxdist.rollout.live_weight import LiveWeight
 from mxdist.rollout.slot import Slot
+from mxdist.sync.broadcast import Incoming, Receiver
 from mxdist.sync.checks import DTYPES, all_finite, bucket_sums, summable, sums_of_bucket, typed, unit_of
 from mxdist.sync.layout import VALUES
 from mxdist.sync.payload import PartSums, as_tensor, refuse_repeats
@@ -123,6 +124,7 @@ class WeightLoader:
         self._weights = [owner for owner in owners if isinstance(owner, LiveWeight)]
         self._plan: _Plan | None = None
         self._mappings = Mappings(device.index or 0) if device.type == "cuda" else None
+        self._receiver = Receiver(device)
 
     def checked(self, payloads: Sequence[WeightPayload]) -> Arrived:
         """Hold a whole set of weights against the slots and against its own checksums. Nothing is written.
@@ -132,6 +134,7 @@ class WeightLoader:
                 unknown or sent twice; wrong kind, shape, parts or dtype; a NaN or Inf; bytes that changed on their
                 way).
             ProcessDied, RunStopped: see ``Mappings.open``.
+            SyncInterrupted: see ``Receiver``.
         """
         started = time.perf_counter()
         _check_headers(payloads, self._recipes)
@@ -140,7 +143,7 @@ class WeightLoader:
         if self._plan is None or (self._plan.manifests, self._plan.values) != (manifests, values):
             self._plan = None  # it is large
             self._plan = _make_plan(manifests, values, self._slots)
-        buckets = _Buckets(payloads, self._device, self._mappings)
+        buckets = _Buckets(payloads, self._device, self._mappings, self._receiver)
         _check_bytes(payloads, self._plan, buckets)
         return Arrived(payloads, self._plan, buckets, time.perf_counter() - started)
 
@@ -197,13 +200,20 @@ class WeightLoader:
 
 
 class _Buckets:
-    """The buckets of payloads on the engine's device, one at a time where they have to be brought there."""
+    """The buckets of payloads on the engine's device: brought there one at a time, mapped, or received and kept."""
 
-    def __init__(self, payloads: Sequence[WeightPayload], device: torch.device, mappings: Mappings | None) -> None:
+    def __init__(
+        self, payloads: Sequence[WeightPayload], device: torch.device, mappings: Mappings | None, receiver: Receiver
+    ) -> None:
         self._device = device
-        self._held: list[list[Tensor] | tuple[np.ndarray, ...]] = []
+        self._held: list[list[Tensor] | tuple[np.ndarray, ...] | Incoming] = []
+        meetings = {payload.buckets.meeting for payload in payloads if isinstance(payload.buckets, BroadcastBuckets)}
+        for meeting in meetings:
+            receiver.meet(meeting)
         for payload in payloads:
-            if not isinstance(payload.buckets, SharedBuckets):
+            if isinstance(payload.buckets, BroadcastBuckets):
+                self._held.append(receiver.buckets(payload.buckets, payload.manifest))
+            elif not isinstance(payload.buckets, SharedBuckets):
                 self._held.append(payload.buckets)
             elif mappings is None:
                 raise ParityError(

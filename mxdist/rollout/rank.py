@@ -4,6 +4,7 @@ vLLM mixes `RankExtension` into its worker class in each process; `Engine.each` 
 Reading and writing the live weights is done here and in what is called from here, nowhere else.
 """
 
+import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -39,9 +40,16 @@ class Held:
 
 @dataclass(frozen=True)
 class Refusal:
-    """An error for the user or the run, on its way out of the process: vLLM would turn it into one of its own."""
+    """An error on its way out of the process: vLLM would turn it into one of its own, and where other processes have
+    answered as well, take their answers for those to the next call."""
 
     error: Exception
+
+    def __reduce__(self) -> tuple[object, ...]:
+        if isinstance(self.error, UserError | RunStopped):
+            return Refusal, (self.error,)
+        said = "".join(traceback.format_exception(self.error)).rstrip()  # which would not survive the way
+        return Refusal, (RuntimeError(f"{self.error}\n\nIn a process of the engine:\n{said}"),)
 
 
 class Rank:
@@ -118,7 +126,7 @@ class RankExtension:
     def rank_call(self: Any, method: str, *arguments: Any) -> Any:
         try:
             return getattr(self._mxdist_rank, method)(*arguments)
-        except (UserError, RunStopped) as error:
+        except Exception as error:
             return Refusal(error)
 
 

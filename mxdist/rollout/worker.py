@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 
 from mxdist.config.schema import Config
-from mxdist.errors import RunStopped, UserError
+from mxdist.errors import RunStopped, SyncInterrupted, UserError
 from mxdist.messages import (
     EngineReport,
     EntropyStatistics,
@@ -83,6 +83,7 @@ class RolloutWorker:
         self._model_dir = Path(model_dir)
         self._version = -1  # no weights yet
         self._arrivals = Arrivals()
+        self._interrupted: SyncInterrupted | None = None  # by which newer weights are missing
 
     def start(self) -> EngineReport:
         """Build the engine. Once per process: vLLM keeps global state."""
@@ -110,11 +111,17 @@ class RolloutWorker:
 
         Raises:
             ParityError: see ``WeightLoader.checked``; the engine then goes on with its old weights.
+            SyncInterrupted: likewise, but it samples with none but newer ones, from a later call of this.
         """
         from mxdist.rollout.rank import combined
 
         self._engine.wake("weights")
-        self._engine.each("check", payloads)
+        try:
+            self._engine.each("check", payloads)
+        except SyncInterrupted as error:
+            self._interrupted = error
+            raise
+        self._interrupted = None
         self._version = -1  # a copy that fails half-way leaves weights that nothing may be sampled with
         sums = combined(self._engine.each("write"), self._divided)
         self._version = payloads[0].version
@@ -150,10 +157,13 @@ class RolloutWorker:
         Raises:
             UserError: a prompt leaves no room for an answer in the model's context.
             ParityError: weights that were taken are not what the learner computes with.
+            SyncInterrupted: newer weights were to be loaded before.
             ValueError: noise was asked for with temperature 0: evaluation never sees noise.
         """
         if self._version < 0:
             raise RuntimeError("generate was called before any weights were loaded")
+        if self._interrupted is not None:
+            raise self._interrupted
         sampling, noise = request.sampling, request.noise
         if sampling.temperature == 0 and noise.sigma != 0:
             raise ValueError(f"greedy decoding was asked for with noise of sigma={noise.sigma}; evaluation is clean")

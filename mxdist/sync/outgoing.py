@@ -1,19 +1,22 @@
 """The sending side of a weight sync: buckets on the learner's device, filled in few operations, and what is sent.
 
-host    the bytes, in numpy arrays that Ray carries through its object store; from a GPU over pinned memory
-ipc     handles of buckets that stay on the GPU (``shared``)
+host        the bytes, in numpy arrays that Ray carries through its object store; from a GPU over pinned memory
+ipc         handles of buckets that stay on the GPU (``shared``)
+a meeting   its name: the buckets stay, and are broadcast from there (``broadcast``)
 """
 
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mxdist.messages import Manifest, SharedBuckets, Transport, WeightPayload
+from mxdist.errors import RunStopped
+from mxdist.messages import BroadcastBuckets, Manifest, Meeting, SharedBuckets, Transport, WeightPayload
+from mxdist.sync.broadcast import Sender
 from mxdist.sync.checks import bucket_sums, sums_of_bucket
 from mxdist.sync.shared import handle_of
 
@@ -28,6 +31,7 @@ class _Buckets:
     stamp: Tensor  # int64 [1]: the version they hold
     handles: tuple[bytes, ...] = ()
     stamp_handle: bytes = b""
+    payload: WeightPayload | None = None  # that was made of them last
 
 
 class Outgoing:
@@ -36,12 +40,13 @@ class Outgoing:
     Args:
         device: where they are filled.
         owner: the rank, in words.
-        keep: how many versions engines may still ask for when they are shared.
+        keep: how many versions engines may still ask for when buckets stay here.
     """
 
     def __init__(self, device: torch.device, owner: str, keep: int) -> None:
         self.device = device
         self._owner, self._keep, self._process = owner, keep, uuid.uuid4().hex
+        self._sender = Sender(device, owner)
         self._ring: list[_Buckets] = []
         self._pinned: list[Tensor] = []
         self._count = 0
@@ -50,10 +55,11 @@ class Outgoing:
         """Buckets to be filled: new ones on a CPU, on a GPU those that have been used the longest ago."""
         self._started = time.perf_counter()
         self._manifest, self._transport = manifest, transport
+        slots = 1 if transport == "host" else self._keep
         if self.device.type == "cpu":
             self._buckets = self._new()
+            self._ring = [*self._ring, self._buckets][-slots:] if isinstance(transport, Meeting) else []
         else:
-            slots = self._keep if transport == "ipc" else 1
             if len(self._ring) < slots:
                 self._ring.append(self._new())
             self._buckets = self._ring[self._count % slots]
@@ -73,9 +79,26 @@ class Outgoing:
         if sums:
             positions = np.concatenate([of_bucket.positions for of_bucket in wanted])
             checksums[positions] = torch.cat(sums).cpu().numpy().view(np.uint64)  # waits for all that went before
-        buckets = self._shared() if self._transport == "ipc" else self._on_host()
+        buckets: SharedBuckets | BroadcastBuckets | tuple[np.ndarray, ...]
+        if isinstance(self._transport, Meeting):
+            if found.tensors:
+                self._sender.send(self._transport, found.tensors)
+            buckets = BroadcastBuckets(self._owner, self._transport)
+        else:
+            buckets = self._shared() if self._transport == "ipc" else self._on_host(found)
         seconds = time.perf_counter() - self._started
-        return WeightPayload(version, recipes, self._manifest, checksums, buckets, seconds)
+        found.payload = WeightPayload(version, recipes, self._manifest, checksums, buckets, seconds)
+        return found.payload
+
+    def again(self, version: int) -> WeightPayload:
+        """A version that is kept here, once more, through the host. RunStopped when its buckets hold another by now."""
+        for kept in self._ring:
+            if kept.payload is not None and kept.payload.version == version:
+                return replace(kept.payload, buckets=self._on_host(kept))
+        raise RunStopped(
+            f"an engine has to be given weights version {version} again, which {self._owner} no longer holds; set "
+            f"sync.transport=host, which keeps every version until it is loaded"
+        )
 
     def _new(self) -> _Buckets:
         tensors = [
@@ -91,13 +114,13 @@ class Outgoing:
         torch.cuda.synchronize(self.device)
         return SharedBuckets(self._owner, self._process, found.handles, found.stamp_handle)
 
-    def _on_host(self) -> tuple[np.ndarray, ...]:
+    def _on_host(self, found: _Buckets) -> tuple[np.ndarray, ...]:
         if self.device.type == "cpu":
-            return tuple(tensor.numpy() for tensor in self._buckets.tensors)
+            return tuple(tensor.numpy() for tensor in found.tensors)
         if not self._pinned:
             sizes = [bucket.nbytes for bucket in self._manifest.buckets]
             self._pinned = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
-        for host, tensor in zip(self._pinned, self._buckets.tensors, strict=True):
+        for host, tensor in zip(self._pinned, found.tensors, strict=True):
             host.copy_(tensor, non_blocking=True)
         torch.cuda.synchronize(self.device)
         return tuple(host.numpy() for host in self._pinned)

@@ -11,12 +11,13 @@ import pickle
 import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mxdist.errors import ProcessDied, RunStopped, UserError
-from mxdist.messages import DevicePlace, SharedBuckets, Transport
+from mxdist.messages import DevicePlace, SharedBuckets
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -27,32 +28,45 @@ def device_place() -> DevicePlace:
     boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
     host = f"{socket.gethostname()} {boot}"
     if not torch.cuda.is_available():
-        return DevicePlace(host, "has no GPU")
+        return DevicePlace(host, False, "has no GPU")
     for variable in _ALLOCATOR_VARIABLES:
         if "expandable_segments:True" in os.environ.get(variable, ""):
-            return DevicePlace(host, f"allocates with {variable}=expandable_segments:True")
-    return DevicePlace(host, None)
+            return DevicePlace(host, True, f"allocates with {variable}=expandable_segments:True")
+    return DevicePlace(host, True, None)
 
 
-def choose_transport(wanted: str, places: Mapping[str, DevicePlace], nodes: int) -> Transport:
+def choose_transport(
+    wanted: str, places: Mapping[str, DevicePlace], nodes: int, broadcasts: bool
+) -> Literal["host", "ipc", "broadcast"]:
     """How a run's payloads travel.
 
     Args:
         wanted: ``sync.transport``.
         places: of all learner ranks and engines, by their names.
         nodes: of the cluster.
+        broadcasts: whether the settings allow that, see ``broadcast_lacks``.
     Raises:
-        UserError: "ipc" is wanted, and cannot be.
+        UserError: "ipc" or "broadcast" is wanted, and cannot be.
     """
     if wanted == "host":
         return "host"
+    on_gpu = {place.on_gpu for place in places.values()}
+    if wanted == "broadcast":
+        if len(on_gpu) > 1:
+            without = next(name for name, place in places.items() if not place.on_gpu)
+            raise UserError(
+                f"sync.transport=broadcast needs GPUs everywhere or nowhere, but {without} has none; use auto or host"
+            )
+        return "broadcast"
     (first, there), *others = places.items()
     obstacles = [f"{name} {place.cannot_share}" for name, place in places.items() if place.cannot_share]
     obstacles += [f"{name} is not on the host of {first}" for name, place in others if place.host != there.host]
     if obstacles and wanted == "ipc":
         raise UserError(f"sync.transport=ipc needs GPUs of one host, but {obstacles[0]}; use auto or host")
     # On a cluster, a process that takes another's place may come to another node.
-    return "ipc" if wanted == "ipc" or (not obstacles and nodes == 1) else "host"
+    if wanted == "ipc" or (not obstacles and nodes == 1):
+        return "ipc"
+    return "broadcast" if nodes > 1 and on_gpu == {True} and broadcasts else "host"
 
 
 def handle_of(buffer: Tensor) -> bytes:

@@ -1,11 +1,12 @@
-"""A weight sync by recipe: seconds of its phases, bytes, and what the parity gate takes.
+"""A weight sync by transport and recipe: seconds of its phases, bytes, and what the parity gate takes.
 
-    python -m tools.bench.sync --out FILE [--layers 16] [--gpus 2] [--transport auto] [--syncs 5]
+    python -m tools.bench.sync --out FILE [--layers 16] [--gpus 2] [--transports ipc broadcast host] [--syncs 5]
 
 One learner rank and one engine's weights, each in a process of its own that Ray starts, of a model shaped like
-Qwen3-30B-A3B with --layers layers (9: 6.2 B parameters, 16: 10.6 B). --gpus 2 gives each a GPU, 1 has both on one, 0
-runs on a CPU (choose --shape tiny). Sides: ``sync_sides``; all that sends, carries, checks, copies and compares is the
-run's own. Every sync sends new weights; the median of --syncs, after two that are not counted.
+Qwen3-30B-A3B with --layers layers (9: 6.2 B parameters, 16: 10.6 B). --gpus 2 gives each a GPU, 1 has both on one (not
+for broadcast), 0 runs on a CPU (with --shape tiny, not for ipc). Sides: ``sync_sides``; all that sends, carries,
+checks, copies and compares is the run's own. Every sync sends new weights; the median of --syncs, after two that are
+not counted.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from mxdist.control.groups import LearnerGroup, RolloutPool
 from mxdist.control.processes import start_ray
 from mxdist.control.roster import Roster
 from mxdist.control.supervisor import Supervisor, Worker
+from mxdist.control.system import meetings
 from mxdist.control.waits import wait_for
 from mxdist.control.weights import WeightSync
-from mxdist.messages import Transport
 
 RECIPES = ("bf16", "mxfp4")
 WARM_UP = 2
@@ -58,28 +59,30 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--gpus", type=int, choices=(0, 1, 2), default=2)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="qwen3-30b-a3b")
-    parser.add_argument("--transport", choices=("auto", "host", "ipc"), default="auto")
+    parser.add_argument("--transports", choices=("host", "ipc", "broadcast"), nargs="+", default=["ipc"])
     parser.add_argument("--syncs", type=int, default=5)
     options = parser.parse_args()
-    results = {}
-    for recipe in RECIPES:
-        config = _config(options, recipe)
-        transport = _transport(config)
-        results[recipe] = measure(config, transport, options.syncs)
-        print(json.dumps({recipe: results[recipe]}), flush=True)
+    results: dict[str, dict[str, Any]] = {}
+    for transport in options.transports:
+        recipes = {}
+        for recipe in RECIPES:
+            recipes[recipe] = measure(_config(options, recipe, transport), options.syncs)
+            print(json.dumps({transport: {recipe: recipes[recipe]}}), flush=True)
+        results[transport] = {"recipes": recipes, "ratios": _ratios(recipes["bf16"], recipes["mxfp4"])}
     written = {
         "command": " ".join(["python -m tools.bench.sync", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": _device(options.gpus),
-        "recipes": results,
-        "ratios": _ratios(results["bf16"], results["mxfp4"]),
+        "transports": results,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(written, indent=1) + "\n")
-    print(json.dumps(written["ratios"]), flush=True)
+    for transport, found in results.items():
+        seconds = {recipe: round(of["seconds"]["all"], 4) for recipe, of in found["recipes"].items()}
+        print(json.dumps({transport: {"seconds": seconds, "ratios": found["ratios"]}}), flush=True)
 
 
-def _config(options: argparse.Namespace, recipe: str) -> Config:
+def _config(options: argparse.Namespace, recipe: str, transport: str) -> Config:
     each = {0: 0.0, 1: 0.5, 2: 1.0}[options.gpus]
     return Config.model_validate(
         {
@@ -87,30 +90,26 @@ def _config(options: argparse.Namespace, recipe: str) -> Config:
             "model": SHAPES[options.shape] | {"num_hidden_layers": options.layers},
             "learner": {"ranks": 1, "expert_parallel": 1, "gpus_per_rank": each},
             "rollout": {"gpus_per_worker": each},
-            "sync": {"transport": options.transport},
+            "sync": {"transport": transport},
         }
     )
 
 
-def _transport(config: Config) -> Transport:
-    wanted = config.sync.transport
-    return "ipc" if wanted == "ipc" or (wanted == "auto" and config.learner.gpus_per_rank > 0) else "host"
-
-
-def measure(config: Config, transport: Transport, syncs: int) -> dict[str, Any]:
+def measure(config: Config, syncs: int) -> dict[str, Any]:
     """Medians of one recipe."""
     started = time.monotonic()
     # Ray's object store gets room for versions of the model, which has to be there only where they go through it.
-    start_ray(config if transport == "host" else config.model_copy(update={"model": Config().model}))
+    by_ray = config.sync.transport == "host"
+    start_ray(config if by_ray else config.model_copy(update={"model": Config().model}))
     try:
         with tempfile.TemporaryDirectory() as folder:
-            found = _measure(config, transport, syncs, Path(folder))
+            found = _measure(config, syncs, Path(folder))
             return found | {"wall_seconds": round(time.monotonic() - started, 1)}
     finally:
         ray.shutdown()
 
 
-def _measure(config: Config, transport: Transport, syncs: int, folder: Path) -> dict[str, Any]:
+def _measure(config: Config, syncs: int, folder: Path) -> dict[str, Any]:
     roster = Roster(folder)
     learner = roster.start("learner rank 0", 0.5, config.learner.gpus_per_rank)
     supervisor = Supervisor(config, roster, print)
@@ -119,6 +118,9 @@ def _measure(config: Config, transport: Transport, syncs: int, folder: Path) -> 
     wait_for([learner.construct("tools.bench.sync_sides:LearnerSide", config)], config.deadlines.start, "start")
     pool = RolloutPool([engine], supervisor)
     pool.wait([made], config.deadlines.start, "start")
+    wanted = config.sync.transport
+    assert wanted != "auto"
+    transport = meetings(config) if wanted == "broadcast" else wanted
     sync = WeightSync(LearnerGroup([learner], config), pool, transport, config)
     found = []
     for version in range(WARM_UP + syncs):
@@ -134,7 +136,7 @@ def _measure(config: Config, transport: Transport, syncs: int, folder: Path) -> 
         whole - sum(seconds[phase][index] for phase in PHASES) for index, whole in enumerate(seconds["all"])
     ]
     return {
-        "transport": transport,
+        "transport": wanted,
         "tensors": int(found[-1]["parity/checked_tensors"]),
         **sizes,
         "sent_bytes": int(found[-1]["sync/bytes"]),

@@ -78,6 +78,9 @@ class LearnerSide:
     def export(self, version: int, transport: Transport = "host") -> WeightPayload:
         return self._exporter.export(self._recipes, version, transport)
 
+    def export_again(self, version: int) -> WeightPayload:
+        return self._exporter.again(version)
+
     def sizes(self) -> dict[str, int]:
         """Numbers and bytes sent, of quantised and of other tensors."""
         sizes = dict.fromkeys(("numbers", "quantised_numbers", "bytes", "quantised_bytes"), 0)
