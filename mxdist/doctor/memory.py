@@ -160,11 +160,16 @@ def engine_memory(config: Config, on_gpu: bool) -> ProcessMemory:
         "logits and scores": scores,
         # While weights are loaded, or multiplied with many tokens on a GPU, the largest fused matrix exists as values.
         "loading weights": max(0, _largest_fused(config) * element // divided - scores),
-        # All of them whole, in every process, before any is written.
-        "weights received": sync_bytes(config) if config.sync.transport == "broadcast" else 0,
         "work space": CUDA_CONTEXT if on_gpu else CPU_SCRATCH if numbers.quantised else 0,
     }
+    if _may_broadcast(config, on_gpu):  # every process receives all of them, before any is written
+        items["weights received"] = sync_bytes(config)
     return ProcessMemory("rollout engine", rollout.workers * divided, items, AWAKE)
+
+
+def _may_broadcast(config: Config, on_gpu: bool) -> bool:
+    between_hosts = config.sync.transport == "auto" and config.cluster.address is not None
+    return config.sync.transport == "broadcast" or (on_gpu and between_hosts and not config.shares_gpus)
 
 
 def _largest_fused(config: Config) -> int:

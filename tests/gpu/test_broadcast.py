@@ -1,4 +1,4 @@
-"""Weights broadcast by NCCL, from one GPU to another: the engine holds the learner's bytes, and failures end in time."""
+"""Weights broadcast by NCCL from one GPU to another: the engine holds the learner's bytes, and failures end in time."""
 
 import multiprocessing
 import os
