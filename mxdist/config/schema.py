@@ -328,7 +328,7 @@ class SyncConfig(Section):
         "auto",
         description="ipc: engines copy from buckets that stay on the learner's GPUs, rollout.max_lag + 1 versions of "
         "them (CUDA IPC; GPUs of one host). broadcast: the learner's ranks send such buckets to all engines at once "
-        "(NCCL, a GPU for each process; gloo on CPUs; drained). host: through Ray's object store, over any network. auto: ipc "
+        "(NCCL, a GPU for each process; gloo on CPUs). host: through Ray's object store, over any network. auto: ipc "
         "on a machine where it works, broadcast between machines with whole GPUs, otherwise host.",
     )
     update: Literal["drained", "in_flight"] = Field(

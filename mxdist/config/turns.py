@@ -19,7 +19,6 @@ def check_turns(config: "Config") -> None:
             "for the weights instead; set rollout.max_lag=1 or more, or sync.update=drained"
         )
 
-
     if config.sync.transport == "broadcast" and (obstacle := broadcast_lacks(config)):
         raise ValueError(f"sync.transport=broadcast {obstacle}")
 

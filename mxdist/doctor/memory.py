@@ -18,6 +18,7 @@ With DeepSpeed (``_zero_state``) the optimizer always has a float32 copy of the 
 from dataclasses import dataclass
 
 from mxdist.config.schema import Config
+from mxdist.config.turns import broadcast_lacks
 from mxdist.doctor.activations import (
     FLOAT32,
     activation_bytes,
@@ -169,7 +170,7 @@ def engine_memory(config: Config, on_gpu: bool) -> ProcessMemory:
 
 def _may_broadcast(config: Config, on_gpu: bool) -> bool:
     between_hosts = config.sync.transport == "auto" and config.cluster.address is not None
-    return config.sync.transport == "broadcast" or (on_gpu and between_hosts and not config.shares_gpus)
+    return config.sync.transport == "broadcast" or (on_gpu and between_hosts and broadcast_lacks(config) is None)
 
 
 def _largest_fused(config: Config) -> int:

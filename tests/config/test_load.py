@@ -249,6 +249,13 @@ def test_weights_go_in_flight_only_where_engines_sample_meanwhile(file: Path) ->
     assert "set rollout.max_lag=1 or more, or sync.update=drained" in refusal(file, in_flight)
 
 
+def test_weights_are_broadcast_only_to_processes_with_whole_gpus_that_come_at_the_same_time(file: Path) -> None:
+    broadcast = "sync.transport=broadcast"
+    assert load_config(file, [broadcast, "rollout.max_lag=1"]).sync.transport == "broadcast"
+    assert "set sync.transport=ipc" in refusal(file, broadcast, "rollout.gpus_per_worker=0.5")
+    assert "set sync.update=drained" in refusal(file, broadcast, "rollout.max_lag=1", "sync.update=in_flight")
+
+
 def test_an_engine_is_divided_only_where_no_group_is_cut_that_is_quantised_together(file: Path) -> None:
     halves = "rollout.tensor_parallel=2"
     assert load_config(file, [halves, "recipe=mxfp4"]).rollout.tensor_parallel == 2

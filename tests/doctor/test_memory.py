@@ -278,7 +278,7 @@ def test_deepspeeds_stages_divide_what_they_say_and_offloading_takes_it_from_the
 
 
 def test_weights_that_are_broadcast_are_held_aside_whole_in_every_process_of_an_engine() -> None:
-    settings = {"sync": {"transport": "broadcast"}, "rollout": {"tensor_parallel": 2}}
+    settings = {"recipe": "mxfp4", "sync": {"transport": "broadcast"}, "rollout": {"tensor_parallel": 2}}
     config = Config.model_validate(settings)
     assert engine_memory(config, on_gpu=False).items["weights received"] == sync_bytes(config)
     assert "weights received" not in engine_memory(Config(), on_gpu=False).items
