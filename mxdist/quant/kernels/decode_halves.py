@@ -21,6 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxdist.quant.kernels.device import INTERPRETED, power_of_two
 from mxdist.quant.kernels.packed import Source
+from mxdist.quant.kernels.parts import finished, is_last_part, sum_of_parts
 from mxdist.quant.kernels.quant_halves import quantise_halves
 from mxdist.quant.recipe import Operand
 
@@ -144,6 +145,51 @@ def _prefetch(codes, row, rows, width, first, WIDTH: tl.constexpr, BYTES: tl.con
     )
 
 
+@triton.jit
+def _begin(
+    codes, residual_codes, part, outputs, code_width,
+    AHEAD: tl.constexpr, FALLBACK: tl.constexpr, WIDTH: tl.constexpr, BYTES: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Wait for the kernel ahead of one started early; see `Shape.ahead`."""
+    if AHEAD == 2:
+        first = tl.program_id(0) * WIDTH
+        _prefetch(codes, first, outputs, code_width, part * BYTES, WIDTH, BYTES, THREADS)
+        if FALLBACK:
+            _prefetch(residual_codes, first, outputs, code_width, part * BYTES, WIDTH, BYTES, THREADS)
+    if AHEAD > 0:
+        gdc_wait()  # all that is read or written from here on may be of the kernel ahead
+        gdc_launch_dependents()  # not sooner: kernels that wait would pile up and take the room of this one
+
+
+@triton.jit
+def _right(held, SHARES: tl.constexpr, BLOCKS: tl.constexpr):
+    """Rows [BM, 32 BLOCKS] as right operands of every share: [BLOCKS SHARES, 32, BM]."""
+    right = tl.permute(tl.reshape(held, [held.shape[0], BLOCKS, 32]), [1, 2, 0])
+    right = tl.broadcast_to(right[:, None, :, :], [BLOCKS, SHARES, 32, held.shape[0]])
+    return tl.reshape(right, [BLOCKS * SHARES, 32, held.shape[0]])
+
+
+@triton.jit
+def _term(
+    codes, scales, row, first, block, code_width, scale_units, byte, alpha, right,
+    METHOD: tl.constexpr, SHARES: tl.constexpr, SHARE: tl.constexpr, BLOCKS: tl.constexpr, UNIT: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """alpha times the blocks' products with one term of the weights: [BLOCKS SHARES, SHARE, BM]."""
+    code = _codes(scales, row, block, scale_units, BLOCKS, UNIT, EVEN)
+    w = _elements(_bytes(codes, row, first, code_width, BLOCKS, EVEN), SHARES, SHARE, BLOCKS)
+    return tl.dot(w, right) * (_block_scales(code, byte, METHOD, SHARES, SHARE, BLOCKS) * alpha)
+
+
+@triton.jit
+def _tile(table, tile, rows, BM: tl.constexpr):
+    """A tile's expert, its first row, and the end of the rows."""
+    if table is None:
+        return 0, tile * BM, rows
+    else:
+        return tl.load(table + 3 * tile), tl.load(table + 3 * tile + 1), tl.load(table + 3 * tile + 2)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _product(
     x, x_stride, units, table, codes, scales, macro, residual_codes, residual_scales, alpha, bias, out, partial,
@@ -156,19 +202,10 @@ def _product(
     SHARE: tl.constexpr = WIDTH // SHARES
     ALONG: tl.constexpr = THREADS // 32 // SHARES  # warps along K
     tile, part = tl.program_id(1), tl.program_id(2)
-    if AHEAD > 0:
-        if AHEAD == 2:
-            at, from_byte = tl.program_id(0) * WIDTH, part * (LENGTH // 2)
-            _prefetch(codes, at, outputs, code_width, from_byte, WIDTH, LENGTH // 2, THREADS)
-            if FALLBACK:
-                _prefetch(residual_codes, at, outputs, code_width, from_byte, WIDTH, LENGTH // 2, THREADS)
-        gdc_wait()  # all that is read or written from here on may be of the kernel ahead
-        gdc_launch_dependents()  # not sooner: kernels that wait would pile up and take the room of this one
-    expert, start, stop = 0, tile * BM, rows
-    if table is not None:
-        expert, start, stop = tl.load(table + 3 * tile), tl.load(table + 3 * tile + 1), tl.load(table + 3 * tile + 2)
-        if start >= stop:
-            return
+    _begin(codes, residual_codes, part, outputs, code_width, AHEAD, FALLBACK, WIDTH, LENGTH // 2, THREADS)
+    expert, start, stop = _tile(table, tile, rows, BM)
+    if start >= stop:
+        return
     first_output = tl.program_id(0) * WIDTH
     column, r = first_output + tl.arange(0, WIDTH), start + tl.arange(0, BM)
     weight_row = (expert * outputs + tl.minimum(column, outputs - 1)).to(tl.int64)  # beyond the end, any will do
@@ -182,21 +219,20 @@ def _product(
     total = tl.zeros((ALONG * SHARES, SHARE, BM), tl.float32)
     for step in tl.range(0, LENGTH, DEPTH, num_stages=STAGES):  # said of the loop, it holds for scales too
         first = part * LENGTH + step
-        code = _codes(scales, weight_row, first_block + step // 32, scale_units, BLOCKS, UNIT, EVEN)
+        block = first_block + step // 32
         next_byte = byte
         if METHOD != 0:  # a step ahead: too few bytes for the pipeline
-            next_byte = _macro_bytes(macro_row, first_block + step // 32 + BLOCKS + b, scale_width, MACRO)
-        held = tl.load(left + first + c[None, :], mask=inside, other=0.0)
-        right = tl.permute(tl.reshape(held, [BM, BLOCKS, 32]), [1, 2, 0])
-        right = tl.broadcast_to(right[:, None, :, :], [BLOCKS, SHARES, 32, BM])
-        right = tl.reshape(right, [BLOCKS * SHARES, 32, BM])
-        w = _elements(_bytes(codes, weight_row, first, code_width, BLOCKS, EVEN), SHARES, SHARE, BLOCKS)
-        sums = tl.dot(w, right) * _block_scales(code, byte, METHOD, SHARES, SHARE, BLOCKS)
+            next_byte = _macro_bytes(macro_row, block + BLOCKS + b, scale_width, MACRO)
+        right = _right(tl.load(left + first + c[None, :], mask=inside, other=0.0), SHARES, BLOCKS)
+        sums = _term(
+            codes, scales, weight_row, first, block, code_width, scale_units, byte, 1.0, right,
+            METHOD, SHARES, SHARE, BLOCKS, UNIT, EVEN,
+        )  # fmt: skip
         if FALLBACK:
-            code_2 = _codes(residual_scales, weight_row, first_block + step // 32, scale_units, BLOCKS, UNIT, EVEN)
-            byte_2 = _bytes(residual_codes, weight_row, first, code_width, BLOCKS, EVEN)
-            w = _elements(byte_2, SHARES, SHARE, BLOCKS)
-            sums += tl.dot(w, right) * (_block_scales(code_2, byte, METHOD, SHARES, SHARE, BLOCKS) * alpha)
+            sums += _term(
+                residual_codes, residual_scales, weight_row, first, block, code_width, scale_units, byte, alpha, right,
+                METHOD, SHARES, SHARE, BLOCKS, UNIT, EVEN,
+            )  # fmt: skip
         total += tl.sum(tl.reshape(sums, [BLOCKS // ALONG, ALONG * SHARES, SHARE, BM]), 0)
         byte = next_byte
     y = tl.reshape(tl.sum(tl.reshape(total, [ALONG, SHARES, SHARE, BM]), 0), [WIDTH, BM])
@@ -205,15 +241,10 @@ def _product(
     unit = tl.load(units + r, mask=r < stop, other=1.0)[None, :] * _TO_VALUE
     if SPLIT > 1:
         size = rows.to(tl.int64) * outputs
-        tl.store(partial + part * size + to, y, mask=inside)
-        tl.debug_barrier()  # all of this program's sums are stored before it says so
-        mine = finished + tile * tl.num_programs(0) + tl.program_id(0)
-        if tl.atomic_add(mine, 1, sem="acq_rel") < SPLIT - 1:
+        count = finished + tile * tl.num_programs(0) + tl.program_id(0)
+        if not is_last_part(y, partial, count, part, size, to, inside, SPLIT):
             return
-        tl.store(mine, 0)
-        y = tl.load(partial + to, mask=inside, other=0.0, cache_modifier=".cg")
-        for other in tl.static_range(1, SPLIT):
-            y += tl.load(partial + other * size + to, mask=inside, other=0.0, cache_modifier=".cg")
+        y = sum_of_parts(partial, count, size, to, inside, SPLIT)
     y = y * unit
     if bias is not None:
         y += tl.load(bias + column, mask=column < outputs, other=0.0).to(tl.float32)[:, None]
@@ -312,22 +343,3 @@ def cut(shape: Shape, blocks: int) -> tuple[int, int]:
 def may_overlap(device: torch.device) -> bool:
     """Whether a kernel can be launched before the one ahead of it ends: from Hopper on."""
     return not INTERPRETED.value and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-_TILES = 1 << 14
-_counts: dict[torch.device, Tensor] = {}
-
-
-def finished(device: torch.device, tiles: int) -> Tensor:
-    """Programs that have finished, for each of `tiles` output tiles; zero between products: the last of a tile sees to.
-
-    One per device: products that split their contraction must not run on two streams at once.
-    """
-    if tiles > _TILES:
-        raise ValueError(f"a product of {tiles} output tiles is not split: {_TILES} are counted at most.")
-    counts = _counts.get(device)
-    if counts is None:
-        counts = torch.zeros(_TILES, dtype=torch.int32, device=device)
-        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # a graph would keep them its own
-            _counts[device] = counts
-    return counts

@@ -21,9 +21,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxdist.quant.format import TILE
 from mxdist.quant.kernels import terms
-from mxdist.quant.kernels.decode_halves import finished, may_overlap, reciprocal
+from mxdist.quant.kernels.decode_halves import may_overlap, reciprocal
 from mxdist.quant.kernels.device import INTERPRETED, power_of_two, unit_of
 from mxdist.quant.kernels.packed import Source
+from mxdist.quant.kernels.parts import finished, is_last_part, sum_of_parts
 from mxdist.quant.kernels.quant_lanes import quantise_lanes
 from mxdist.quant.recipe import Operand
 from mxdist.quant.tensor import MXTensor
@@ -165,15 +166,10 @@ def _product(
     to, inside = r.to(tl.int64)[None, :] * outputs + column[:, None], (r < rows)[None, :] & (column < outputs)[:, None]
     if SPLIT > 1:
         size = rows.to(tl.int64) * outputs
-        tl.store(partial + tl.program_id(2) * size + to, total, mask=inside)
-        tl.debug_barrier()  # all of this program's sums are stored before it says so
-        mine = finished + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        if tl.atomic_add(mine, 1, sem="acq_rel") < SPLIT - 1:
+        count = finished + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        if not is_last_part(total, partial, count, tl.program_id(2), size, to, inside, SPLIT):
             return
-        tl.store(mine, 0)
-        total = tl.load(partial + to, mask=inside, other=0.0, cache_modifier=".cg")
-        for other in tl.static_range(1, SPLIT):
-            total += tl.load(partial + other * size + to, mask=inside, other=0.0, cache_modifier=".cg")
+        total = sum_of_parts(partial, count, size, to, inside, SPLIT)
     if bias is not None:
         total += tl.load(bias + column, mask=column < outputs, other=0.0).to(tl.float32)[:, None]
     tl.store(out + to, total.to(out.dtype.element_ty), mask=inside)
