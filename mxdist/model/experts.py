@@ -12,6 +12,7 @@ On a GPU all experts of a rank are computed together: in FP8 with quantising fus
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,14 +48,20 @@ class MxExperts(SequentialMLP):
             output = self._one_by_one(permuted_local_hidden_states, counts)
         return output * permuted_probs.unsqueeze(-1).to(output.dtype), None
 
-    def _linears(self, name: str) -> list[Any]:
-        return [getattr(expert, name) for expert in self.local_experts]
+    @cached_property
+    def _first_linears(self) -> list[Any]:
+        """In the order of the experts; asking every one of hundreds of modules for its linear takes a while."""
+        return [expert.linear_fc1 for expert in self.local_experts]
+
+    @cached_property
+    def _second_linears(self) -> list[Any]:
+        return [expert.linear_fc2 for expert in self.local_experts]
 
     def _together(self, rows: Tensor, counts: list[int]) -> Tensor | None:
         """All experts at once; None where that cannot be, or somebody observes their linears."""
         if quantisers_lack(rows.device) is not None or not len(rows):
             return None
-        first, second = self._linears("linear_fc1"), self._linears("linear_fc2")
+        first, second = self._first_linears, self._second_linears
         recipe: Recipe | None = first[0].recipe
         if recipe != second[0].recipe or first[0].observer is not None:
             return None
@@ -80,11 +87,11 @@ class MxExperts(SequentialMLP):
         )
 
     def _one_by_one(self, rows: Tensor, counts: list[int]) -> Tensor:
-        return self._each_linear("linear_fc2", swiglu(self._each_linear("linear_fc1", rows, counts)), counts)
+        h = self._each_linear(self._first_linears, rows, counts)
+        return self._each_linear(self._second_linears, swiglu(h), counts)
 
-    def _each_linear(self, name: str, rows: Tensor, counts: list[int]) -> Tensor:
-        """The linear ``name`` of every expert on its own rows, in order."""
-        linears = self._linears(name)
+    def _each_linear(self, linears: list[Any], rows: Tensor, counts: list[int]) -> Tensor:
+        """The linear of every expert on its own rows, in order."""
         recipe: Recipe | None = linears[0].recipe
         inputs, passing = torch.split(rows, counts), nonfinite_in_passing(rows.device)
         weights = [linear.prepared() for linear in linears]

@@ -197,11 +197,11 @@ def _nonfinite(x: Tensor) -> NonFinite:
 
 
 def _fp8_product(x: Tensor, weight: LiveWeight, recipe: Recipe, bias: Tensor | None) -> Tensor:
-    from mxdist.quant.kernels.gemm import matmul
+    from mxdist.quant.kernels.gemm import multiply, right
     from mxdist.quant.kernels.quant_tiles import quantise_tiles
     from mxdist.quant.kernels.unpack import unpack
 
     by_row, _ = quantise_tiles(x, recipe.x_fwd, nonfinite="propagate")
     assert by_row is not None
-    y = matmul(by_row, unpack(weight.packed(), "propagate"), x.dtype)
-    return y if bias is None else y + bias
+    y = multiply(by_row, right(unpack(weight.packed(), "propagate")), x.dtype)
+    return y if bias is None else y.add_(bias)

@@ -43,10 +43,10 @@ def fused_experts_lack(weights: Sequence[object], recipe: Recipe, dtype: torch.d
         return f"fused experts compute in bfloat16, not in {dtype}"
     if recipe.x_fwd is not None and recipe.x_fwd.fallback is not None:
         return "fused experts have no outlier fallback"
-    for weight in weights:
-        if not isinstance(weight, HopperWeight):
-            return "a weight has no FP8 operands"
-        chosen = weight.plan
+    if not all(isinstance(weight, HopperWeight) for weight in weights):
+        return "a weight has no FP8 operands"
+    plans = {id(weight.plan): weight.plan for weight in weights if isinstance(weight, HopperWeight)}
+    for chosen in plans.values():
         for part in (chosen.forward, chosen.dgrad, chosen.wgrad):
             if part.gemm is not Gemm.BLOCK:
                 return f"fused experts run with 1x128 by 128x128 scales alone: {part.reason}"

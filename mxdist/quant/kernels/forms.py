@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mxdist.quant.format import TILE
@@ -62,16 +63,32 @@ class Fp8Matrix(NamedTuple):
 
 
 def empty_tiles(rows: int, k: int, form: Form, device: torch.device, rotated: bool = False) -> Fp8Matrix:
-    """Return an uninitialised matrix [rows, k] of `form`."""
-    tiles = -(-k // TILE)
-    data = torch.empty(rows, tiles * TILE, dtype=torch.float8_e4m3fn, device=device)
+    """Return an uninitialised matrix [rows, k] of `form`; a TILE with room for `filled_up`."""
+    tiles, filled = -(-k // TILE), -(-rows // 4) * 4 if form is Form.TILE else rows
+    data = torch.empty(filled, tiles * TILE, dtype=torch.float8_e4m3fn, device=device)
+    if filled > rows:
+        data = data[:rows]
     if form is Form.ROW:
         scale = torch.empty(rows, 1, dtype=torch.float32, device=device)
     elif form is Form.TILE:
-        scale = torch.empty_strided((rows, tiles), (1, rows), dtype=torch.float32, device=device)
+        scale = torch.empty_strided((filled, tiles), (1, filled), dtype=torch.float32, device=device)
+        if filled > rows:
+            scale = scale[:rows]
     else:
         padded = -(-tiles // 4) * 4
         scale = torch.empty(-(-rows // TILE), padded, dtype=torch.float32, device=device)
         if padded > tiles:
             scale = scale[:, :tiles]
     return Fp8Matrix(data, scale, form, k, rotated)
+
+
+def filled_up(matrix: Fp8Matrix) -> tuple[Tensor, Tensor]:
+    """Data and scales of a TILE with rows added up to a multiple of four; what those hold means nothing."""
+    data, scale, rows = matrix.data, matrix.scale, -(-matrix.rows // 4) * 4
+    width, tiles = data.shape[1], scale.shape[1]
+    has_room = data.untyped_storage().nbytes() >= data.storage_offset() + rows * width
+    if has_room and data.is_contiguous() and scale.stride() == (1, rows):
+        return data.as_strided((rows, width), (width, 1)), scale.as_strided((rows, tiles), (1, rows))
+    more = rows - matrix.rows
+    padded = F.pad(data.view(torch.uint8), (0, 0, 0, more)).view(data.dtype)
+    return padded, F.pad(scale.t(), (0, more)).t()

@@ -214,8 +214,9 @@ def _quantise_pairs_kernel(
 
 def pairs_fit(x: Tensor, row: Options, column: Options) -> bool:
     """True when this kernel does both operands of x: bfloat16 in whole words, rounded to nearest, nothing else."""
-    if any(o.stochastic or o.saturate or o.macro_bits or o.hadamard for o in (row, column)):
-        return False
+    for o in (row, column):
+        if o.stochastic or o.saturate or o.macro_bits or o.hadamard:
+            return False
     words = x.dtype == bfloat16 and x.is_cuda and not (x.shape[1] % 2 or x.stride(0) % 2 or x.data_ptr() % 4)
     return words and row.carry == column.carry
 

@@ -102,10 +102,13 @@ class ByRow:
 
     def lefts(self, segments: Segments) -> list[Blocks]:
         """Every expert's rows as left operands."""
-        tiles, rows = self.k // TILE, [TILE * count for count in segments.tiles]
-        scales = self.scale.split([tiles * count for count in rows])
-        parts = zip(self.data.split(rows), scales, rows, strict=True)
-        return [Blocks(data, [scale.view(tiles, count).t()], TILES) for data, scale, count in parts]
+        tiles, scale, lengths = self.k // TILE, self.scale, [TILE * count for count in segments.tiles]
+        parts = zip(self.data.split(lengths), lengths, segments.first, strict=True)
+        # One view each, not a part's shape and its transpose: there are hundreds of them.
+        return [
+            Blocks(data, [scale.as_strided((rows, tiles), (1, rows), TILE * tiles * first)], TILES)
+            for data, rows, first in parts
+        ]
 
     def expert(self, segments: Segments, index: int) -> Fp8Matrix:
         """View of one expert's rows."""
@@ -139,24 +142,32 @@ class ByColumn:
     def lefts(self, segments: Segments) -> list[Blocks]:
         """Every expert's columns, form TILE, as left operands."""
         assert self.form is Form.TILE
+        data, features = self.data, self.features
         scale = self.scale * ROTATION_GAIN if self.rotated else self.scale
-        scales = scale.split([self.features * count for count in segments.tiles])
-        parts = zip(self._bytes(segments), scales, segments.tiles, strict=True)
-        return [Blocks(data, [each.view(tiles, self.features).t()], TILES) for data, each, tiles in parts]
+        return [
+            Blocks(
+                data.as_strided((features, TILE * tiles), (TILE * tiles, 1), TILE * features * first),
+                [scale.as_strided((features, tiles), (1, features), features * first)],
+                TILES,
+            )
+            for tiles, first in zip(segments.tiles, segments.first, strict=True)
+        ]
 
     def rights(self, segments: Segments) -> list[Blocks]:
         """Every expert's columns, form SQUARE, as right operands."""
         assert self.form is Form.SQUARE
-        squares, padded = self.features // TILE, [-(-count // 4) * 4 for count in segments.tiles]
-        scales = self.scale.split([squares * count for count in padded])
-        parts = zip(self._bytes(segments), scales, padded, strict=True)
-        return [Blocks(data.t(), [each.view(squares, count).t()], SQUARES) for data, each, count in parts]
-
-    def _bytes(self, segments: Segments) -> list[Tensor]:
-        """[features, tokens] of every expert."""
-        lengths = [TILE * count for count in segments.tiles]
-        parts = self.data.split([self.features * length for length in lengths])
-        return [part.view(self.features, length) for part, length in zip(parts, lengths, strict=True)]
+        data, scale, features, squares = self.data, self.scale, self.features, self.features // TILE
+        padded = [-(-tiles // 4) * 4 for tiles in segments.tiles]
+        return [
+            Blocks(
+                data.as_strided((TILE * tiles, features), (1, TILE * tiles), TILE * features * first),
+                [scale.as_strided((height, squares), (1, height), squares * fourth)],
+                SQUARES,
+            )
+            for tiles, first, height, fourth in zip(
+                segments.tiles, segments.first, padded, segments.fourths, strict=True
+            )
+        ]
 
     def expert(self, segments: Segments, index: int) -> Fp8Matrix:
         """View of one expert's columns."""
