@@ -13,13 +13,14 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from mxdist.quant.kernels.experts import experts_mlp, fused_experts_lack
 from mxdist.quant.kernels.forms import Form
+from mxdist.quant.kernels.gemm import right
 from mxdist.quant.kernels.nonfinite import Flag
 from mxdist.quant.kernels.options import Random, options_of
 from mxdist.quant.kernels.permute import without_filling
 from mxdist.quant.kernels.plan import plan
 from mxdist.quant.kernels.prepared import HopperWeight, prepare_weight
 from mxdist.quant.kernels.quant_experts import ROWS_THERE, SWIGLU, Wanted, quantise_experts
-from mxdist.quant.kernels.segments import Segments
+from mxdist.quant.kernels.segments import ByColumn, ByRow, Segments
 from mxdist.quant.kernels.swiglu import Swiglu, swiglu_backward
 from mxdist.quant.linear import mx_linear
 from mxdist.quant.philox import Draw
@@ -72,6 +73,27 @@ def test_every_row_has_a_place_and_every_expert_whole_tiles() -> None:
     assert int((segments.source >= 0).sum()) == sum(SIZES)
     starts = [segments.slots[start].item() for start in (0, 150, 151)]
     assert starts == [segments.span(expert).start for expert in (0, 1, 3)]
+
+
+def test_operands_made_for_all_experts_are_those_of_each() -> None:
+    segments = arranged()
+    by_row, columns = ByRow.empty(segments, 256), ByColumn.empty(segments, 256, Form.TILE, rotated=False)
+    squares = ByColumn.empty(segments, 256, Form.SQUARE, rotated=False)
+    for each in (by_row, columns, squares):
+        each.data.view(torch.uint8).copy_(torch.arange(each.data.numel()).view(each.data.shape) % 120)
+        each.scale.copy_(torch.arange(each.scale.numel()))
+    for e, size in enumerate(SIZES):
+        if size:
+            lefts = (by_row.lefts(segments)[e], by_row), (columns.lefts(segments)[e], columns)
+            for got, of in lefts:
+                alone = of.expert(segments, e)
+                assert torch.equal(got.data.view(torch.uint8), alone.data.view(torch.uint8))
+                assert torch.equal(got.scale[0], alone.scale)
+                assert got.scale[0].stride() == alone.scale.stride()
+            got, wanted = squares.rights(segments)[e], right(squares.expert(segments, e))
+            assert torch.equal(got.data.view(torch.uint8), wanted.data.view(torch.uint8))
+            assert torch.equal(got.scale[0], wanted.scale[0])
+            assert got.scale[0].stride() == wanted.scale[0].stride()
 
 
 @pytest.mark.parametrize("row", [PLAIN, Operand(macro=Macro()), Operand(rounding="stochastic")], ids=str)
