@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,23 +46,24 @@ class Segments:
     @classmethod
     def of_sizes(cls, sizes: Sequence[int], device: torch.device) -> Segments:
         """Return the layout of R rows, sorted by expert, `sizes` of each on the host. Never waits for the device."""
-        count = torch.tensor(sizes, dtype=torch.int64)
+        # numpy on the host: a dozen operations on a few numbers take torch longer than the device takes for a layer.
+        count = np.asarray(sizes, dtype=np.int64)
         tiles = -(-count // TILE)
         first, fourths, start = (_before(each) for each in (tiles, -(-tiles // 4) * 4, count))
-        expert = torch.arange(len(sizes)).repeat_interleave(tiles)
-        columns = (first[expert], tiles[expert], fourths[expert], expert, count[expert], start[expert])
-        on_device = sent(torch.stack(columns, 1).to(torch.int32), device)  # [tiles, 6]
-        table = on_device[:, :5].contiguous()
-        within = TILE * (torch.arange(len(expert), device=device) - on_device[:, 0])[:, None]  # row in its expert
-        within = within + torch.arange(TILE, device=device)
-        source = torch.where(within < on_device[:, 4:5], on_device[:, 5:] + within, -1).flatten().to(torch.int32)
-        rows = int(count.sum())
+        rows, expert = int(count.sum()), np.arange(len(count)).repeat(tiles)
+        within = TILE * (np.arange(len(expert)) - first[expert])  # of every tile its first row in its expert
+        table = np.stack((first[expert], tiles[expert], fourths[expert], expert, count[expert]), 1)
+        numbers = np.concatenate((table.ravel(), start[expert] + within, count[expert] - within)).astype(np.int32)
+        on_device = sent(torch.from_numpy(numbers), device)
+        at, left = on_device[5 * len(expert) :].view(2, -1, 1)
+        lanes = torch.arange(TILE, dtype=torch.int32, device=device)
+        source = torch.where(lanes < left, at + lanes, -1).flatten()
         slots = torch.empty(rows + 1, dtype=torch.int32, device=device)  # the last is for rows that fill up
         places = torch.arange(len(source), dtype=torch.int32, device=device)
         slots.scatter_(0, torch.where(source < 0, rows, source).long(), places)
         return cls(
-            tuple(sizes), tuple(first.tolist()), tuple(tiles.tolist()), tuple(fourths.tolist()), table, source,
-            slots[:-1],
+            tuple(sizes), tuple(first.tolist()), tuple(tiles.tolist()), tuple(fourths.tolist()),
+            on_device[: 5 * len(expert)].view(-1, 5), source, slots[:-1],
         )  # fmt: skip
 
     @property
@@ -75,7 +77,7 @@ class Segments:
         return slice(start, start + TILE * self.tiles[expert])
 
 
-def _before(counts: Tensor) -> Tensor:
+def _before(counts: np.ndarray) -> np.ndarray:
     """Of each the sum of those before it."""
     return counts.cumsum(0) - counts
 
