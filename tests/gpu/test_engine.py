@@ -22,6 +22,7 @@ from mxdist.sync.parity import compare_checksums
 from mxdist.sync.payload import learner_checksums
 from tests.gpu.conftest import lacking
 from tests.rollout.engine_process import EngineProcess
+from tests.rollout.offering import generate_with_offers
 from tests.rollout.reference_model import payloads, random_tensors
 
 VOCABULARY, STOPS, CONTEXT, TOKENS = 128, (2, 7), 48, 12
@@ -118,6 +119,32 @@ def test_graphs_read_the_noise_of_the_norms(engine: EngineProcess) -> None:
     assert_alike(replayed, engine.run(kernel_by_kernel, request_of(2, noise))[1])
     _, clean = engine.run(counting_replays, request_of(2))
     assert tokens_of(clean) != tokens_of(replayed)
+
+
+@pytest.mark.parametrize("engine", ["dense-mxfp4_mbs", "moe-bf16"], indirect=True)
+def test_weights_in_flight_draw_the_tokens_they_are_said_to_although_vllm_schedules_ahead(
+    engine: EngineProcess,
+) -> None:
+    sync(engine, 1)
+    before = engine.generate(request_of(2))
+    sent = payloads(random_tensors(engine.shape, 2), model_recipes(engine.config), 2)
+    same = payloads(random_tensors(engine.shape, 1), model_recipes(engine.config), 3)
+    unmoved = engine.run(generate_with_offers, request_of(2), [(5, same)])
+    assert_alike(unmoved, before)  # also keys and values that are computed again
+    assert {version for group in unmoved.groups for sample in group.samples for version, _ in sample.drawn_by} == {1, 3}
+    result = engine.run(generate_with_offers, request_of(2), [(5, sent)])
+    sync(engine, 2)
+    after = engine.generate(request_of(2))
+    runs = [sample.drawn_by for group in result.groups for sample in group.samples]
+    both = [  # answers that both versions drew
+        (drawn_by[0][1], *tokens)
+        for drawn_by, *tokens in zip(runs, tokens_of(result), tokens_of(before), tokens_of(after), strict=True)
+        if len(drawn_by) == 2
+    ]
+    assert len(both) > len(runs) // 2
+    assert len({first for first, *_ in both}) == 1, "all began together"
+    assert np.mean([tokens[:first] == old[:first] for first, tokens, old, _ in both]) > 0.9
+    assert np.mean([tokens not in (old, new) for _, tokens, old, new in both]) > 0.5
 
 
 @pytest.mark.parametrize("engine", ["moe-mxfp4"], indirect=True)
