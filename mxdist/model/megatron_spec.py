@@ -71,6 +71,8 @@ class _MxLinear(QuantisedWeight):
             shard=self.shard(tp_group),
             name=self.name,
             nonfinite=nonfinite_in_passing(input.device),
+            # Megatron's float32 gradient, to which its hook would add one of the weight's dtype.
+            total=getattr(weight, "main_grad", None),
         )
         self.show(input, output)
         return output

@@ -68,6 +68,7 @@ def mx_linear(
     frozen: Frozen | None = None,
     name: str = "linear",
     nonfinite: NonFinite = "error",
+    total: Tensor | None = None,
 ) -> Tensor:
     """Return Q(x) @ weight_q^T + bias, of x's dtype and shape [..., N].
 
@@ -82,6 +83,7 @@ def mx_linear(
     frozen     the mean or threshold of `recipe.x_fwd`, when it uses them.
     name       the layer's name, for errors.
     nonfinite  what NaN and Inf in x or dY do, see `reference.quantise`.
+    total      float32 [N, K] that dW is added to where FP8 tensor cores multiply; `weight` then receives none.
 
     Gradients come back in their inputs' dtypes. A recipe that quantises nothing is plain
     `torch.nn.functional.linear`. Values are multiplied in x's dtype; a weight that was prepared for Hopper's FP8
@@ -95,7 +97,7 @@ def mx_linear(
         return reference_linear(x, weight, weight_q, recipe, bias, **arguments)
     from mxdist.quant.kernels.linear import kernel_linear
 
-    return kernel_linear(x, weight, weight_q, recipe, bias, **arguments)
+    return kernel_linear(x, weight, weight_q, recipe, bias, total=total, **arguments)
 
 
 def reference_linear(

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from mxdist.quant.kernels.forms import Form, Fp8Matrix
-from mxdist.quant.kernels.gemm import accumulate, matmul
+from mxdist.quant.kernels.gemm import accumulate, matmul, right
 from mxdist.quant.kernels.quant_rows import quantise_rows
 from mxdist.quant.kernels.quant_tiles import quantise_tiles
 from mxdist.quant.kernels.quant_weight import quantise_weight
@@ -76,7 +76,7 @@ def test_micro_batches_add_up_in_float32() -> None:
     for seed in (0, 1):
         dy_t = quantise_tiles(kind_of("gaussian", 300, 128, seed), column=OPERAND)[1]
         x_t = quantise_tiles(kind_of("gaussian", 300, 256, seed + 9), column=OPERAND, column_form=Form.SQUARE)[1]
-        accumulate(total, dy_t, x_t)
+        accumulate(total, dy_t, right(x_t))
         parts.append(exact(dy_t, x_t))
     torch.testing.assert_close(total.double(), sum(parts), rtol=1e-5, atol=1e-3)
 

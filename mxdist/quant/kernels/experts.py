@@ -132,19 +132,18 @@ class _Site:
 
     def weight_gradients(self, dy: ByColumn, x: ByColumn, layer: int, dtype: torch.dtype) -> list[Tensor | None]:
         """Every expert's dY^T X, of the master weights' dtype; or none, but added to the totals."""
-        sizes = self.segments.sizes
-        shape = (len(sizes), dy.features, x.features)
-        gradients = list(torch.empty(shape, dtype=dtype, device=dy.data.device).unbind())
-        products = zip(sizes, dy.lefts(self.segments), x.rights(self.segments), gradients, strict=True)
-        for size, a, b, dw in products:
+        sizes, totals = self.segments.sizes, self.totals
+        if totals is None:
+            shape = (len(sizes), dy.features, x.features)
+            into = torch.empty(shape, dtype=dtype, device=dy.data.device).unbind()
+        else:
+            into = tuple(totals[layer])
+        for size, a, b, dw in zip(sizes, dy.lefts(self.segments), x.rights(self.segments), into, strict=True):
             if size:
-                multiply_blocks(a, b, dw)
-        if self.totals is None:
-            return [dw if size else dw.zero_() for size, dw in zip(sizes, gradients, strict=True)]
-        if any(sizes):
-            pairs = [pair for size, *pair in zip(sizes, self.totals[layer], gradients, strict=True) if size]
-            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
-        return [None] * len(sizes)
+                multiply_blocks(a, b, dw, add=totals is not None)
+        if totals is not None:
+            return [None] * len(sizes)
+        return [dw if size else dw.zero_() for size, dw in zip(sizes, into, strict=True)]
 
 
 class _Experts(torch.autograd.Function):

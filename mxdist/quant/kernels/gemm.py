@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mxdist.quant.format import TILE
+from mxdist.quant.kernels import cublas_lt
 from mxdist.quant.kernels.forms import Form, Fp8Matrix
 
 ROTATION_GAIN = 32.0
@@ -79,9 +80,9 @@ def right(matrix: Fp8Matrix) -> Blocks:
     return Blocks(matrix.data.t(), [_tile_scale(matrix.rows, matrix.scale)], TILES)
 
 
-def multiply_blocks(a: Blocks, b: Blocks, out: Tensor) -> None:
-    """out = a b: what `matmul` computes, without its checks. K and a's rows are multiples of 128 and of 4."""
-    _product(a, b, out.dtype, out)
+def multiply_blocks(a: Blocks, b: Blocks, out: Tensor, add: bool = False) -> None:
+    """out = a b, or out += a b, without `matmul`'s checks. K and a's rows are multiples of 128 and of 4."""
+    _product(a, b, out.dtype, out, add)
 
 
 def multiply(a: Fp8Matrix, b: Blocks, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -89,28 +90,57 @@ def multiply(a: Fp8Matrix, b: Blocks, dtype: torch.dtype, out: Tensor | None = N
     if not a.data.numel() or not b.data.numel():
         zeros = torch.zeros(a.rows, b.data.shape[1], dtype=dtype, device=a.data.device)
         return zeros if out is None else out.copy_(zeros)
-    data, scale = a.data, a.scale * ROTATION_GAIN if a.rotated else a.scale
-    rows = data.shape[0]
-    if a.form is not Form.TILE:
-        left = Blocks(data, [_square_scale(rows, scale)], SQUARES)
-    elif rows % 4:  # cuBLASLt wants the scales' leading dimension in 16 bytes
-        more = -rows % 4
-        longer = F.pad(data.view(torch.uint8), (0, 0, 0, more)).view(data.dtype)
-        left = Blocks(longer, [F.pad(scale.t(), (0, more)).t()], TILES)
-    else:
-        left = Blocks(data, [_tile_scale(rows, scale)], TILES)
-    if left.data is data:
+    left, filled = _left(a)
+    if not filled:
         return _product(left, b, dtype, out)
-    result = _product(left, b, dtype)[:rows]
+    result = _product(left, b, dtype)[: a.rows]
     return result if out is None else out.copy_(result)
 
 
-def _product(a: Blocks, b: Blocks, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    if a.data.device.type == "cpu":  # for the tests: the function, in float32
-        result = (_block_values(a.data, a) @ _block_values(b.data.t(), b).t()).to(dtype)
-        return result if out is None else out.copy_(result)
-    arguments: tuple[Any, ...] = a.data, b.data, a.scale, a.recipe, [], b.scale, b.recipe, [], None, dtype
-    return _scaled_mm(*arguments) if out is None else _scaled_mm_out(*arguments, out=out)
+def accumulate(total: Tensor, a: Fp8Matrix, b: Blocks) -> None:
+    """Add a b to `total`, float32: a micro-batch's share of a main gradient. a is not of form ROW."""
+    if not a.data.numel() or not b.data.numel():
+        return
+    left, filled = _left(a)
+    if filled:
+        total += _product(left, b, total.dtype)[: a.rows]
+    else:
+        _product(left, b, total.dtype, total, add=True)
+
+
+def _left(a: Fp8Matrix) -> tuple[Blocks, bool]:
+    """`a` as a left operand, and whether rows were added to fill it up."""
+    data, scale = a.data, a.scale * ROTATION_GAIN if a.rotated else a.scale
+    rows = data.shape[0]
+    if a.form is not Form.TILE:
+        return Blocks(data, [_square_scale(rows, scale)], SQUARES), False
+    if not rows % 4:
+        return Blocks(data, [_tile_scale(rows, scale)], TILES), False
+    more = -rows % 4  # cuBLASLt wants the scales' leading dimension in 16 bytes
+    longer = F.pad(data.view(torch.uint8), (0, 0, 0, more)).view(data.dtype)
+    return Blocks(longer, [F.pad(scale.t(), (0, more)).t()], TILES), True
+
+
+def _product(a: Blocks, b: Blocks, dtype: torch.dtype, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """a b, written or added to `out` if there is one."""
+    if a.data.is_cuda and cublas_lt.loaded():
+        if out is None:
+            out = torch.empty(a.data.shape[0], b.data.shape[1], dtype=dtype, device=a.data.device)
+        if cublas_lt.multiply(
+            a.data, a.scale[0], a.recipe is SQUARES, b.data, b.scale[0], b.recipe is SQUARES, out, add
+        ):
+            return out
+    if out is not None and add:
+        return out.add_(_product_by_torch(a, b, dtype))
+    return _product_by_torch(a, b, dtype, out)
+
+
+def _product_by_torch(a: Blocks, b: Blocks, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    if a.data.is_cuda:
+        arguments: tuple[Any, ...] = a.data, b.data, a.scale, a.recipe, [], b.scale, b.recipe, [], None, dtype
+        return _scaled_mm(*arguments) if out is None else _scaled_mm_out(*arguments, out=out)
+    result = (_block_values(a.data, a) @ _block_values(b.data.t(), b).t()).to(dtype)  # for the tests, in float32
+    return result if out is None else out.copy_(result)
 
 
 # Naming the overloads spares torch from trying them one after the other in every call.
@@ -123,11 +153,6 @@ def _block_values(data: Tensor, blocks: Blocks) -> Tensor:
     if blocks.recipe == SQUARES:
         scale = scale[: data.shape[1] // TILE].t().repeat_interleave(TILE, 0)[: len(data)]
     return data.float() * scale.repeat_interleave(TILE, 1)
-
-
-def accumulate(total: Tensor, a: Fp8Matrix, b: Fp8Matrix) -> None:
-    """Add a b^T to `total`, float32 [a.rows, b.rows]: a micro-batch's share of a main gradient."""
-    total.add_(matmul(a, b, torch.float32))
 
 
 def _tile_scale(rows: int, scale: Tensor) -> Tensor:

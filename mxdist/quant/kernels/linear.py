@@ -18,7 +18,7 @@ from mxdist.quant.format import TILE
 from mxdist.quant.kernels import quant_terms
 from mxdist.quant.kernels.dequantise import dequantise
 from mxdist.quant.kernels.forms import Form, Fp8Matrix
-from mxdist.quant.kernels.gemm import multiply, right
+from mxdist.quant.kernels.gemm import accumulate, multiply, right
 from mxdist.quant.kernels.plan import Gemm, Plan
 from mxdist.quant.kernels.prepared import HopperWeight
 from mxdist.quant.kernels.quant_residual import quantise_with_residual
@@ -48,6 +48,7 @@ def kernel_linear(
     frozen: Frozen | None = None,
     name: str = "linear",
     nonfinite: NonFinite = "error",
+    total: Tensor | None = None,
 ) -> Tensor:
     """Return Q(x) @ weight_q^T + bias; arguments as for `mxdist.quant.linear.mx_linear`, x bfloat16 or float32.
 
@@ -57,7 +58,7 @@ def kernel_linear(
     Runs whatever the device: on a CPU Triton's interpreter runs the kernels, for the tests.
     """
     keeps = torch.is_grad_enabled() and weight.requires_grad  # `apply` disables gradients before it asks
-    site = _Site(recipe, weight_q.plan, weight_q, seed, shard or _WHOLE, frozen, name, nonfinite, keeps)
+    site = _Site(recipe, weight_q.plan, weight_q, seed, shard or _WHOLE, frozen, name, nonfinite, keeps, total)
     return _HopperLinear.apply(x, weight, bias, site)
 
 
@@ -77,6 +78,7 @@ class _Site:
     name: str
     nonfinite: NonFinite
     keeps: bool  # dW will be asked for
+    total: Tensor | None  # what dW is added to
 
     def draw(self, which: str) -> Draw | None:
         """The random numbers of the operand called `which`."""
@@ -182,8 +184,6 @@ class _HopperLinear(torch.autograd.Function):
             dx = _dgrad(site, dy, dy_rows).view(ctx.shape)
         if want_weight:
             dw = _wgrad(site, dy, dy_columns, ctx)
-            if dw.dtype != ctx.weight_dtype:
-                dw = dw.to(ctx.weight_dtype)
         if want_bias:
             db = dy.sum(0).to(ctx.bias_dtype)
         return dx, dw, db, None
@@ -198,11 +198,20 @@ def _dgrad(site: _Site, dy: Tensor, dy_rows: Fp8Matrix | None) -> Tensor:
     return site.weight.transposed_product(dy_rows or site.rows(dy, "dy_dgrad", gemm), dy.dtype)
 
 
-def _wgrad(site: _Site, dy: Tensor, dy_columns: Fp8Matrix | None, ctx: Any) -> Tensor:
-    if site.plan.wgrad.gemm is not Gemm.BF16:
-        dtype = torch.float32 if ctx.weight_dtype == torch.float32 else torch.bfloat16
-        return multiply(dy_columns or site.columns(dy, "dy_wgrad", Form.TILE), right(ctx.x_t), dtype)
-    return dy.t() @ _kept_values(site, ctx.x_kept, ctx.shape[-1], dy.dtype)
+def _wgrad(site: _Site, dy: Tensor, dy_columns: Fp8Matrix | None, ctx: Any) -> Tensor | None:
+    """dW of the weight's dtype; or None, but added to the total."""
+    if site.plan.wgrad.gemm is Gemm.BF16:
+        dw = dy.t() @ _kept_values(site, ctx.x_kept, ctx.shape[-1], dy.dtype)
+    else:
+        columns, x = dy_columns or site.columns(dy, "dy_wgrad", Form.TILE), right(ctx.x_t)
+        if site.total is not None:
+            accumulate(site.total, columns, x)
+            return None
+        dw = multiply(columns, x, torch.float32 if ctx.weight_dtype == torch.float32 else torch.bfloat16)
+    if site.total is not None:
+        site.total.add_(dw)
+        return None
+    return dw.to(ctx.weight_dtype)
 
 
 def _kept_values(site: _Site, kept: Tensor | Fp8Matrix, k: int, dtype: torch.dtype) -> Tensor:

@@ -55,6 +55,21 @@ def test_output_and_gradients_are_the_references(recipe: Recipe) -> None:
         assert (got.double() - wanted).norm() <= near * wanted.norm(), name
 
 
+@pytest.mark.parametrize("tokens", [6, 32])
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp4_g4", "mxfp4_g4_nearest"])
+def test_gradients_of_the_weight_add_up_in_a_total(name: str, tokens: int) -> None:
+    recipe, w = get_recipe(name), matrix(128, 256, seed=1).requires_grad_()
+    x, dy = matrix(tokens, 256).requires_grad_(), matrix(tokens, 128, seed=2)
+    weight_q = prepare_weight(w.detach(), recipe, plan(recipe, 128, 256))
+    into = torch.ones(128, 256, device=DEVICE)
+    own, added = (torch.autograd.grad(
+        mx_linear(x, w, weight_q, recipe, seed=3, total=total), (x, w), dy, allow_unused=True
+    ) for total in (None, into))  # fmt: skip
+    assert torch.equal(own[0], added[0])
+    assert added[1] is None
+    torch.testing.assert_close((into - 1).to(w.dtype), own[1], rtol=1.6e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 def test_operands_hold_the_values_of_the_packed_form(recipe: Recipe) -> None:
     w = matrix(128, 384, seed=1, dtype=torch.float32)
