@@ -198,14 +198,19 @@ class TileShape:
 
 
 def tile_shape_of(rows: int, outputs: int, tiles: int, multiprocessors: int) -> TileShape:
-    """The shape for x [rows, 128 tiles] and W [outputs, 128 tiles]: the fastest on an H200, or close to it."""
-    height = max(16, min(128, triton.next_power_of_2(rows)))
-    width, warps, stages = 64, 4, 3 if height == 128 else 4
-    programs = triton.cdiv(outputs, width) * triton.cdiv(rows, height)
-    # Few steps of a long row: two programs for a multiprocessor. Of a short one they would cost more than they save.
-    wanted = (2 if tiles > 32 else 1) * multiprocessors
+    """The shape for x [rows, 128 tiles] and W [outputs, 128 tiles], by what an H200 did (`tools.bench.decode_shapes`).
+
+    Measured for 32 rows, and for 128 of W [2560, 2048]; other rows follow them.
+    """
+    many = triton.cdiv(outputs, 128) > multiprocessors
+    height = max(16, min(128 if many else 64, triton.next_power_of_2(rows)))
+    if many and height <= 32:
+        return TileShape(height, width=128, warps=4, stages=4, deep=1, split=min(2, tiles))
+    programs = triton.cdiv(outputs, 64) * triton.cdiv(rows, height)
+    # Two programs a multiprocessor where they have enough to do; the sums of a split short row cost more than it saves.
+    wanted = (2 if tiles > 32 or rows > height else 1) * multiprocessors
     split = max(1, min(wanted // programs, tiles // 4))
-    return TileShape(height, width, warps, stages, deep=1, split=split)
+    return TileShape(height, width=64, warps=4, stages=3 if height == 128 else 4, deep=1, split=split)
 
 
 def multiply_tiles(x: Tensor, weight: MXTensor, bias: Tensor | None, operand: Operand, shape: TileShape) -> Tensor:
