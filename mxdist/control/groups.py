@@ -21,6 +21,7 @@ from mxdist.messages import (
     RolloutRequest,
     RolloutResult,
     SamplingSettings,
+    SharedBuckets,
     TrainBatch,
     Transport,
     UpdateReport,
@@ -63,6 +64,10 @@ class LearnerGroup:
         pending = self._all(f"export of weights version {version} once more", "export_again", version)
         wait_for(pending, self._deadlines.sync, "sync")
         return [call.ref for call in pending]
+
+    def probes(self) -> list[SharedBuckets]:
+        """Of each rank's GPU; see ``RolloutPool.cannot_map``."""
+        return wait_for(self._all("probe of shared memory", "probe"), self._deadlines.start, "start")
 
     def save(self, directory: Path) -> None:
         wait_for(self._all("checkpoint", "save", directory), self._deadlines.checkpoint, "checkpoint")
@@ -154,6 +159,15 @@ class RolloutPool:
         """The learner that the engines' weights came from is no more, and the next will send its own."""
         for worker in self._workers:
             worker.forget("weights")
+            worker.aside(lambda process: process.send("release"))
+
+    def cannot_map(self, probes: list[SharedBuckets], deadline: float) -> str | None:
+        """Why an engine cannot read what learner ranks share of their GPUs; None when all can."""
+        calls = [
+            worker.call(lambda process: process.call("probe of shared memory", "cannot_map", probes))
+            for worker in self._workers
+        ]
+        return next(filter(None, self.wait(calls, deadline, "start")), None)
 
 
 def _load_weights(process: Process, doing: str, found: Iterator[Callable[[], Sequence["ray.ObjectRef"]]]) -> Pending:

@@ -119,6 +119,10 @@ class Process:
     def call_with_list(self, doing: str, method: str, items: Iterable[Any], *leading: Any) -> Pending:
         return self._pending(doing, self._actor.call_with_list.remote(method, leading, *items))
 
+    def send(self, method: str, *arguments: Any) -> None:
+        """As ``call``, but nobody waits for it."""
+        self._actor.call.remote(method, *arguments)
+
     def call_aside(self, method: str, items: Iterable[Any], *leading: Any) -> None:
         """As ``call_with_list``, but not behind the calls made before: in a thread of its own. Nobody waits for it."""
         self._actor.call_with_list.options(concurrency_group=ASIDE).remote(method, leading, *items)

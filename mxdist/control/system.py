@@ -21,7 +21,7 @@ from mxdist.control.roster import Roster
 from mxdist.control.supervisor import Supervisor
 from mxdist.control.waits import wait_for
 from mxdist.control.workers import reward_workers, rollout_workers
-from mxdist.errors import ProcessFailure
+from mxdist.errors import ProcessFailure, UserError
 from mxdist.messages import EngineReport, LearnerReport
 from mxdist.model.checkpoint_contents import open_checkpoint
 from mxdist.model.linear_names import linear_names
@@ -93,7 +93,7 @@ def running(config: Config, task: Task, run_path: Path, console: Console, goes_o
         learners, learner_reports = _start_learners(_for_learners(config, goes_on), shape, supervisor, placement)
         engine_reports: list[EngineReport] = pool.wait(engines_starting, config.deadlines.start, "start")
         _agree_on_modules(config, learner_reports, engine_reports, console)
-        transport = _agree_on_transport(config, learner_reports, engine_reports, console)
+        transport = _agree_on_transport(config, learner_reports, engine_reports, learners, pool, console)
         supervisor.meetings = transport if isinstance(transport, Meetings) else None
         yield System(config, shape, learners, pool, rewards, supervisor, placement, transport)
     except ProcessFailure as failure:
@@ -155,16 +155,27 @@ def _agree_on_modules(
 
 
 def _agree_on_transport(
-    config: Config, learners: list[LearnerReport], engines: list[EngineReport], console: Console
+    config: Config,
+    reports: list[LearnerReport],
+    engines: list[EngineReport],
+    learners: LearnerGroup,
+    pool: RolloutPool,
+    console: Console,
 ) -> Literal["host", "ipc"] | Meetings:
-    places = {f"learner rank {report.rank}": report.device for report in learners}
+    places = {f"learner rank {report.rank}": report.device for report in reports}
     places |= {f"rollout worker {index}": report.device for index, report in enumerate(engines)}
     broadcasts = broadcast_lacks(config) is None
     transport = choose_transport(config.sync.transport, places, len(alive_nodes()), broadcasts)
+    refusal = pool.cannot_map(learners.probes(), config.deadlines.start) if transport == "ipc" else None
+    if refusal and config.sync.transport == "ipc":
+        raise UserError(f"sync.transport=ipc does not work here: {refusal}")
+    if refusal:
+        transport = "host"
+        console.note(f"GPUs cannot share memory here: {refusal}")
     through = {
         "host": "Ray's object store",
         "ipc": "buckets on the learner's GPUs (CUDA IPC)",
-        "broadcast": f"broadcasts to all engines ({'NCCL' if learners[0].device.on_gpu else 'gloo'})",
+        "broadcast": f"broadcasts to all engines ({'NCCL' if reports[0].device.on_gpu else 'gloo'})",
     }[transport]
     console.note(f"weights go through {through}")
     if config.sync.update == "in_flight":
@@ -172,9 +183,7 @@ def _agree_on_transport(
             "weights reach engines in flight: which tokens a version draws depends on timing, so another run of this "
             "seed will differ"
         )
-    if transport != "broadcast":
-        return transport
-    return meetings(config)
+    return meetings(config) if transport == "broadcast" else transport
 
 
 def meetings(config: Config) -> Meetings:

@@ -29,7 +29,16 @@ from mxdist.learner.microbatches import (
 )
 from mxdist.learner.phases import timed
 from mxdist.learner.trace import traced
-from mxdist.messages import EntropyStatistics, LearnerReport, Mean, TrainBatch, Transport, UpdateReport, WeightPayload
+from mxdist.messages import (
+    EntropyStatistics,
+    LearnerReport,
+    Mean,
+    SharedBuckets,
+    TrainBatch,
+    Transport,
+    UpdateReport,
+    WeightPayload,
+)
 from mxdist.model.linear_names import linear_names
 from mxdist.model.recipes import model_recipes
 from mxdist.model.shape import ModelShape
@@ -207,6 +216,13 @@ class LearnerWorker:
         if self.config.rollout.sleep:
             torch.cuda.empty_cache()  # the engine on this GPU is about to wake up
         return payload
+
+    def probe(self) -> SharedBuckets:
+        """A few bytes of this rank's GPU, for engines to try whether they can read it. They stay until the next."""
+        from mxdist.sync.shared import Probe
+
+        self._probe = Probe(f"learner rank {self.rank}")
+        return self._probe.shared
 
     def export_again(self, version: int) -> WeightPayload:
         """A version that was exported to be broadcast, for engines that it did not reach. RunStopped: too late."""

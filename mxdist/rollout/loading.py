@@ -162,6 +162,15 @@ class WeightLoader:
         }
         return sums
 
+    def cannot_map(self, probes: Sequence[SharedBuckets]) -> str | None:
+        """Why what learner ranks share of their GPUs cannot be read here; None when it can."""
+        return "the engine has no GPU" if self._mappings is None else self._mappings.cannot_open(probes)
+
+    def release(self) -> None:
+        """Let go of the learner's memory; it is mapped again when weights come from there."""
+        if self._mappings is not None:
+            self._mappings.keep(())
+
     def write(self, arrived: Arrived) -> None:
         """Copy a whole set of weights into the live matrices."""
         for payload, plans in enumerate(arrived.plan.buckets):

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 
 from mxdist.aqn.injector import Applied, NoiseInjector, select_norms
 from mxdist.errors import ParityError, RunStopped, UserError
-from mxdist.messages import DevicePlace, Noise, ProcessUsage, WeightPayload
+from mxdist.messages import DevicePlace, Noise, ProcessUsage, SharedBuckets, WeightPayload
 from mxdist.model.recipes import ModelRecipes
 from mxdist.observe.usage import process_usage
 from mxdist.rollout import slots
@@ -86,6 +86,12 @@ class Rank:
         arrived, self._arrived = self._arrived, None
         assert arrived is not None
         return self._loader.take(arrived)
+
+    def cannot_map(self, probes: Sequence[SharedBuckets]) -> str | None:
+        return self._loader.cannot_map(probes)
+
+    def release(self) -> None:
+        self._loader.release()
 
     def perturb(self, noise: Noise) -> Applied:
         """Put noise on the norms, until `restore`. Raises as ``NoiseInjector.perturbed``."""

@@ -34,6 +34,7 @@ from mxdist.messages import (
     RolloutResult,
     Sample,
     SamplingSettings,
+    SharedBuckets,
     VersionRuns,
     WeightPayload,
 )
@@ -102,6 +103,14 @@ class RolloutWorker:
         )
         self._engine.sleep()  # a learner may have to warm up first
         return report
+
+    def cannot_map(self, probes: list[SharedBuckets]) -> str | None:
+        """Why what learner ranks share of their GPUs cannot be read in each of the engine's processes, or None."""
+        return next(filter(None, self._engine.each("cannot_map", probes)), None)
+
+    def release(self) -> None:
+        """Let go of what the engine has mapped of the learner's GPUs: that learner is gone."""
+        self._engine.each("release")
 
     def load_weights(self, payloads: list[WeightPayload]) -> "PartSums":
         """Replace all weights in place with those of all learner ranks, all or nothing.

@@ -9,6 +9,7 @@ import inspect
 import os
 import pickle
 import socket
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -89,6 +90,17 @@ def open_handle(handle: bytes, device: int) -> Tensor:
     return tensor
 
 
+class Probe:
+    """A few bytes of a learner's GPU, for engines to try whether they can read it at all."""
+
+    VERSION = 1
+
+    def __init__(self, owner: str) -> None:
+        self._stamp = torch.full((1,), self.VERSION, dtype=torch.int64, device="cuda")
+        torch.cuda.synchronize()
+        self.shared = SharedBuckets(owner, uuid.uuid4().hex, (), handle_of(self._stamp))
+
+
 class Mappings:
     """The buffers of other processes that this one has mapped; mapped once, since that takes as long as a copy."""
 
@@ -118,6 +130,17 @@ class Mappings:
                 f"version {stamp}; set sync.transport=host, which keeps every version until it is loaded"
             )
         return buckets
+
+    def cannot_open(self, probes: Iterable[SharedBuckets]) -> str | None:
+        """Why what probes stand for cannot be read here; None when it can."""
+        try:
+            for shared in probes:
+                self.open(shared, Probe.VERSION)
+        except (ProcessDied, RunStopped) as error:
+            return str(error)
+        finally:
+            self.keep(())
+        return None
 
     def keep(self, present: Iterable[SharedBuckets]) -> None:
         """Let go of what belongs to processes that are no more."""

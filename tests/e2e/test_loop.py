@@ -24,7 +24,7 @@ from mxdist.control.system import System, running
 from mxdist.control.waits import wait_for
 from mxdist.control.weights import WeightSync
 from mxdist.errors import ParityError
-from mxdist.messages import WeightPayload
+from mxdist.messages import SharedBuckets, WeightPayload
 from mxdist.observe.console import Console
 from mxdist.observe.ledger import Ledger, check_ledger
 from mxdist.observe.loggers import Loggers
@@ -203,6 +203,11 @@ def test_one_flipped_bit_on_the_way_is_named_and_stops_the_run(up: Up) -> None:
     parts = expected[entry.name]
     with pytest.raises(ParityError, match=f"{entry.name}, part codes"):
         compare_checksums(dict(expected) | {entry.name: {**parts, "codes": parts["codes"] ^ 1}}, found)
+
+
+def test_engines_say_why_they_cannot_read_what_a_learner_shares_of_its_gpu(up: Up) -> None:
+    shared = SharedBuckets("learner rank 0", "a process", (), b"")
+    assert up.system.pool.cannot_map([shared], 60) == "the engine has no GPU"
 
 
 def test_the_learners_ranks_hold_the_whole_model_between_them_each_tensor_once(up: Up) -> None:

@@ -14,7 +14,7 @@ from mxdist.errors import ParityError, ProcessDied, RunStopped
 from mxdist.messages import SharedBuckets, Transport, WeightPayload
 from mxdist.sync.parity import compare_checksums
 from mxdist.sync.payload import PartSums, as_array, learner_checksums
-from mxdist.sync.shared import handle_of
+from mxdist.sync.shared import Probe, handle_of
 from tools.bench.sync import SHAPES
 from tools.bench.sync_sides import EngineSide, LearnerSide
 
@@ -113,6 +113,12 @@ def test_shared_weights_outlive_the_learners_next_update_and_not_its_next_export
     assert engine.run(live_bytes) == before
 
 
+def test_an_engine_tries_whether_it_can_read_a_learners_gpu(learner: Side, engine: Side) -> None:
+    shared = learner.run(make_probe)
+    assert engine.run(try_probe, shared) is None
+    assert "now hold version 2" in engine.run(try_probe, learner.run(make_probe, 2))
+
+
 def test_a_changed_byte_is_refused_with_the_old_weights_whole(learner: Side, engine: Side) -> None:
     load(engine, new_weights(learner, 1, "ipc"))
     before = engine.run(live_bytes)
@@ -143,7 +149,20 @@ def test_the_weights_of_a_learner_that_is_gone_are_said_to_be(engine: Side) -> N
     assert caught.value.processes == ("learner rank 0",)
 
 
+def try_probe(engine: EngineSide, shared: SharedBuckets) -> str | None:
+    return engine.loader.cannot_map([shared])
+
+
 # Executed in the learner's process -------------------------------------------------------------------------------
+
+
+def make_probe(_: LearnerSide, content: int = Probe.VERSION) -> SharedBuckets:
+    SIDE.append(Probe("learner rank 0"))  # it stays
+    SIDE[-1]._stamp.fill_(content)
+    torch.cuda.synchronize()
+    shared = SIDE[-1].shared
+    assert isinstance(shared, SharedBuckets)
+    return shared
 
 
 def flip_a_bit(learner: LearnerSide) -> None:

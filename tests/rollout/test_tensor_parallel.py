@@ -55,6 +55,22 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         process.close()
 
 
+def test_an_error_that_nobody_foresaw_is_told_with_its_traceback_and_the_next_call_has_its_own_answers(
+    engine: EngineProcess,
+) -> None:
+    said, usage = engine.run(ask_for_what_is_not_there)
+    assert "In a process of the engine:\nTraceback" in said
+    assert "AttributeError: 'Rank' object has no attribute 'nothing'" in said
+    assert usage == ["ProcessUsage"] * 2
+    assert engine.run(RolloutWorker.cannot_map, []) == "the engine has no GPU"
+
+
+def ask_for_what_is_not_there(worker: RolloutWorker) -> tuple[str, list[str]]:
+    with pytest.raises(RuntimeError) as caught:
+        worker._engine.each("nothing")
+    return str(caught.value), [type(found).__name__ for found in worker._engine.each("usage")]
+
+
 def request_of(noise: Noise = CLEAN) -> RolloutRequest:
     return RolloutRequest(0, PROMPTS, SamplingSettings(2, 0.8, 8, 0), noise)
 
