@@ -65,14 +65,14 @@ class Sender:
 
     def __init__(self, device: torch.device, owner: str) -> None:
         self._device, self._owner = device, owner
-        self._generation = -1
+        self._generation: object = None
         self._queue: queue.SimpleQueue[tuple[Meeting, Sequence[Tensor]] | None] = queue.SimpleQueue()
 
     def send(self, meeting: Meeting, buckets: Sequence[Tensor]) -> None:
         """Send buckets, uint8 each, that are filled and stay as they are until all have them."""
-        if meeting.generation != self._generation:
+        if _generation(meeting) != self._generation:
             self._queue.put(None)
-            self._generation, self._queue = meeting.generation, queue.SimpleQueue()
+            self._generation, self._queue = _generation(meeting), queue.SimpleQueue()
             threading.Thread(target=self._serve, args=(self._queue,), name="broadcasts", daemon=True).start()
         self._queue.put((meeting, buckets))
 
@@ -114,7 +114,7 @@ class Receiver:
         Raises:
             SyncInterrupted: it is over before, or this process is one too many.
         """
-        if self._party is None or self._party.generation != meeting.generation:
+        if self._party is None or self._party.of != _generation(meeting):
             if self._party is not None:
                 self._party.leave()
             self._party = _Party(meeting, self._device)
@@ -159,7 +159,7 @@ class _Party:
     """One process's part in one generation: the sender's (``number`` 0), or a receiver's, who is given a number."""
 
     def __init__(self, meeting: Meeting, device: torch.device, number: int | None = None) -> None:
-        self.generation = meeting.generation
+        self.of, self.generation = _generation(meeting), meeting.generation
         self._device = device
         host, _, port = meeting.address.rpartition(":")
         patience = timedelta(seconds=meeting.transfer)
@@ -274,6 +274,11 @@ def _close(groups: list[Any], store: TCPStore, received: Sequence[Tensor]) -> No
             group.abort()
     groups.clear()  # gloo's waits for its threads
     del store, received
+
+
+def _generation(meeting: Meeting) -> tuple[str, int]:
+    """Which it is of all that a process may ever see."""
+    return meeting.address, meeting.generation
 
 
 def _over(generation: int) -> str:

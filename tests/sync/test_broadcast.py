@@ -135,6 +135,17 @@ def test_one_process_too_many_is_turned_away() -> None:
         Receiver(CPU).meet(meeting)
 
 
+def test_meetings_of_two_controllers_are_two_though_their_numbers_are_the_same() -> None:
+    sender, receiver = Sender(CPU, "learner rank 0"), Receiver(CPU)
+    controllers = meetings(1), meetings(1)
+    for seed, called in enumerate(controllers):
+        meeting = called.call()
+        [bucket] = random_buckets([1000], seed)
+        sender.send(meeting, [bucket])
+        [[found]] = received(receiver, meeting, {"learner rank 0": [1000]})
+        assert torch.equal(found, bucket)
+
+
 def test_without_its_store_a_broadcast_is_refused() -> None:
     called = meetings(1)
     nowhere = replace(called.call(), address=f"{LOCAL}:1", transfer=0.5)
