@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -70,7 +71,6 @@ class Engine:
             gpu_memory_utilization=FREE_AT_START,
             block_size=KV_BLOCK,
             enable_prefix_caching=True,
-            logprobs_mode="processed_logprobs",  # of the tempered distribution, the one that is sampled from
             disable_log_stats=True,
             enable_sleep_mode=config.rollout.sleep,
             tensor_parallel_size=config.rollout.tensor_parallel,
@@ -130,6 +130,12 @@ class Engine:
         sums = self.each("write")
         [applied] = set(self.each("perturb", noise))
         return sums, applied
+
+    def logprobs(self, generation: Generation) -> np.ndarray:
+        """Of what was generated, float32 [requests, longest answer or a few more], in the tempered distribution."""
+        found = self.each("logprobs", generation.requests)[0]
+        assert isinstance(found, np.ndarray)
+        return found
 
     def forget_prefixes(self) -> None:
         """Drop cached keys and values: they were computed with other weights."""
@@ -221,8 +227,6 @@ def sampling_params(temperature: float, max_tokens: int, stop_token_ids: Sequenc
         max_tokens=max_tokens,
         stop_token_ids=list(stop_token_ids),
         extra_args={SEED: seed},
-        logprobs=0,  # of the sampled token alone
-        flat_logprobs=True,
         detokenize=False,
         skip_clone=True,
     )

@@ -22,7 +22,7 @@ class Generation:
         self._llm = llm
         self._core = llm.llm_engine.engine_core.engine_core  # the engine is in this process
         requests = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
-        self._ids = llm.enqueue(requests, list(sampling), use_tqdm=False)
+        self.requests = llm.enqueue(requests, list(sampling), use_tqdm=False)
         self._finished: dict[str, CompletionOutput] = {}
 
     def run(self, before_step: Callable[[], None] = lambda: None) -> list[CompletionOutput]:
@@ -35,9 +35,9 @@ class Generation:
                 before_step()
                 self._step()
         except BaseException:
-            self._llm.llm_engine.abort_request(self._ids, internal=True)
+            self._llm.llm_engine.abort_request(self.requests, internal=True)
             raise
-        return [self._finished[_number(request)] for request in self._ids]
+        return [self._finished[_number(request)] for request in self.requests]
 
     @contextmanager
     def paused(self) -> Iterator[list[int]]:
@@ -46,7 +46,7 @@ class Generation:
         try:
             while self._core.batch_queue:  # steps that were scheduled ahead
                 self._step()
-            yield [self._sampled(request) for request in self._ids]
+            yield [self._sampled(request) for request in self.requests]
         finally:
             self._core.resume_scheduler()
 

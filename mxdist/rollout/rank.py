@@ -55,7 +55,8 @@ class Refusal:
 class Rank:
     """The live weights of one process. Every method is called in all processes of an engine."""
 
-    def __init__(self, model: nn.Module, vocab_size: int, recipes: ModelRecipes) -> None:
+    def __init__(self, model: nn.Module, sampler: SeededSampler, vocab_size: int, recipes: ModelRecipes) -> None:
+        self._sampler = sampler
         self.slots = slots.find_slots(model, vocab_size)
         self._loader = WeightLoader(self.slots, recipes, next(iter(self.slots.values())).device)
         self._arrived: Arrived | None = None
@@ -100,6 +101,10 @@ class Rank:
     def restore(self) -> None:
         self._noise.close()
 
+    def logprobs(self, requests: Sequence[str]) -> np.ndarray:
+        """See `SeededSampler.take`; the same in every process."""
+        return self._sampler.take(requests)
+
     def usage(self) -> ProcessUsage:
         return process_usage()
 
@@ -108,8 +113,8 @@ class RankExtension:
     """vLLM's worker, with a `Rank` beside its model and a sampler of ours."""
 
     def rank_open(self: Any, vocab_size: int, recipes: ModelRecipes) -> None:
-        self._mxdist_rank = Rank(self.get_model(), vocab_size, recipes)
         self.model_runner.sampler = SeededSampler(self.model_runner)
+        self._mxdist_rank = Rank(self.get_model(), self.model_runner.sampler, vocab_size, recipes)
 
     # Not vLLM's own sleep and wake_up: those fail when another process of the GPU takes memory meanwhile.
 

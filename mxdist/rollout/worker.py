@@ -187,9 +187,10 @@ class RolloutWorker:
         with self._engine.perturbed(noise) as applied:
             batch = _Batch(self._engine.begin(tokens, parameters), noise, [applied])
             outputs = batch.generation.run(partial(self._take_offered, batch))
+        logprobs = self._engine.logprobs(batch.generation)
         self._engine.sleep()
         batch.ended.append((self._version, [len(output.token_ids) for output in outputs]))
-        samples = [_sample(output, drawn_by) for output, drawn_by in zip(outputs, batch.runs(), strict=True)]
+        samples = [_sample(*each) for each in zip(outputs, logprobs, batch.runs(), strict=True)]
         size = sampling.samples_per_prompt
         groups = tuple(
             _group(prompt, tuple(samples[i * size : (i + 1) * size]), noise.sigma)
@@ -296,11 +297,11 @@ def _group(prompt: Prompt, samples: tuple[Sample, ...], sigma: float) -> Group:
     return Group(prompt, samples, min(version for sample in samples for version, _ in sample.drawn_by), sigma)
 
 
-def _sample(output: "CompletionOutput", drawn_by: VersionRuns) -> Sample:
+def _sample(output: "CompletionOutput", logprobs: np.ndarray, drawn_by: VersionRuns) -> Sample:
     tokens = np.asarray(output.token_ids, dtype=np.int64)
-    logprobs = np.asarray(output.logprobs.logprobs, dtype=np.float32)
+    logprobs = logprobs[: len(tokens)].copy()  # without the rest of the batch
     if tokens.shape != logprobs.shape:
-        raise RuntimeError(f"vLLM returned {len(logprobs)} log-probabilities for {len(tokens)} tokens")
+        raise RuntimeError(f"there are {len(logprobs)} log-probabilities for {len(tokens)} tokens")
     if not np.isfinite(logprobs).all():
         raise RuntimeError("vLLM sampled a token with a log-probability that is not finite: NaN in a layer's output")
     return Sample(tokens, logprobs, output.finish_reason == "stop", drawn_by)

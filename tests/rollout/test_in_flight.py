@@ -1,6 +1,7 @@
 """Weights that an engine takes while it samples, with the real vLLM: which token is whose, and what is left alone."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ PROMPTS = tuple(
     Prompt(f"train-{i}", (1, *[3 + (5 * i + j * j) % 20 for j in range(length)]), "")
     for i, length in enumerate((4, 34))
 )
+ROLLOUT = {"max_lag": 1, "kv_cache_mib": 1}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
         num_experts=4,
         max_position_embeddings=CONTEXT,
     )
-    config = Config(model=model, recipe="mxfp4_mbs_of", rollout={"max_lag": 1}, sync={"update": "in_flight"})
+    config = Config(model=model, recipe="mxfp4_mbs_of", rollout=ROLLOUT, sync={"update": "in_flight"})
     process = EngineProcess(config, ModelShape(model, VOCABULARY, 1, (NEVER,), 0), tmp_path_factory.mktemp("engine"))
     yield process
     process.close()
@@ -112,6 +114,22 @@ def test_an_update_that_changes_no_weight_changes_no_draw(engine: EngineProcess)
     for (_, sample), (_, expected) in zip(all_samples(result), all_samples(undisturbed), strict=True):
         assert sample.tokens.tolist() == expected.tokens.tolist()
         assert_small(np.abs(sample.logprobs - expected.logprobs))
+
+
+def test_a_request_that_is_put_off_for_want_of_room_draws_what_it_would_have_drawn(engine: EngineProcess) -> None:
+    sync(engine, seed=1, version=1)
+    prompts = tuple(replace(PROMPTS[0], key=f"train-{i}") for i in range(40))
+    result, put_off = engine.run(generate_and_count_those_put_off, request_of(prompts, length=70))
+    assert put_off > 5
+    few = [engine.generate(request_of(prompts[start : start + 16], length=70)) for start in range(0, len(prompts), 16)]
+    expected = [sample for each in few for _, sample in all_samples(each)]
+    same = [
+        (np.abs(sample.logprobs - other.logprobs))
+        for (_, sample), other in zip(all_samples(result), expected, strict=True)
+        if sample.tokens.tolist() == other.tokens.tolist()
+    ]
+    assert len(same) >= len(expected) - 2  # another order of a sum may turn a draw, if seldom
+    assert_small(np.concatenate(same))
 
 
 def test_what_is_sampled_next_uses_no_key_of_the_old_weights(engine: EngineProcess) -> None:
@@ -196,6 +214,22 @@ def test_an_offer_is_taken_once_and_not_after_its_turn() -> None:
 
 
 # Executed in the engine's process --------------------------------------------------------------------------------
+
+
+def generate_and_count_those_put_off(worker: RolloutWorker, request: RolloutRequest) -> tuple[RolloutResult, int]:
+    scheduler = worker._engine._llm.llm_engine.engine_core.engine_core.scheduler
+    put_off, found = scheduler._preempt_request, 0
+
+    def counted(*args: object, **kwargs: object) -> None:
+        nonlocal found
+        found += 1
+        put_off(*args, **kwargs)
+
+    scheduler._preempt_request = counted
+    try:
+        return worker.generate(request), found
+    finally:
+        del scheduler._preempt_request
 
 
 def live_checksums(worker: RolloutWorker) -> dict[str, dict[str, int]]:
