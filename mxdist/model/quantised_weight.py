@@ -30,7 +30,7 @@ TOGETHER = 2**26
 
 
 class _Kept(NamedTuple):
-    """What a module has of its quantised weight. One attribute, because setting one of an ``nn.Module`` is slow."""
+    """What a module has of its quantised weight."""
 
     quantised: MXTensor
     prepared: "Tensor | HopperWeight | None"
@@ -53,7 +53,8 @@ class QuantisedWeight:
     @property
     def weight_size(self) -> tuple[int, int]:
         """[out, in] of the weight while this rank computes with it."""
-        return len(self.weight), self.weight.shape[1]
+        rows, columns = self.weight.shape
+        return rows, columns
 
     @property
     def input_is_repeated(self) -> bool:
@@ -91,17 +92,21 @@ class QuantisedWeight:
         self, quantised: MXTensor, prepared: "Tensor | HopperWeight | None", fingerprint: Tensor | int
     ) -> None:  # fmt: skip
         """Take the packed form [out, in] of the present master weight, what products take, and its ``sums_of_bits``."""
-        self._kept = _Kept(quantised, prepared, self._identity(), fingerprint)
+        self._keep(_Kept(quantised, prepared, self._identity(), fingerprint))
 
     def multiply_as_values(self) -> None:
         """From now on products take the values of the packed form: their bytes do not hold all of it."""
         kept = self._fresh()
         if kept.prepared is not None and not isinstance(kept.prepared, Tensor):
-            self._kept = kept._replace(prepared=kept.prepared.as_values(kept.quantised, self.weight.dtype))
+            self._keep(kept._replace(prepared=kept.prepared.as_values(kept.quantised, self.weight.dtype)))
 
     def forget(self) -> None:
         """The master weight is about to change."""
-        self._kept = None
+        self._keep(None)
+
+    def _keep(self, kept: _Kept | None) -> None:
+        # ``nn.Module`` would look for a parameter, a module and a buffer of this name first, twice for each weight.
+        self.__dict__["_kept"] = kept
 
     def prepared(self) -> "Tensor | HopperWeight | None":
         """W_q as ``mx_linear`` takes it; None when the recipe leaves weights alone."""
