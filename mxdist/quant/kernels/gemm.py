@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mxdist.quant.format import TILE
 from mxdist.quant.kernels import cublas_lt
-from mxdist.quant.kernels.forms import Form, Fp8Matrix
+from mxdist.quant.kernels.forms import Form, Fp8Matrix, filled_up
 
 ROTATION_GAIN = 32.0
 """Operands rotated by H / 32 multiply to 1 / 32 of the product, since H H = 32 I."""
@@ -116,9 +116,8 @@ def _left(a: Fp8Matrix) -> tuple[Blocks, bool]:
         return Blocks(data, [_square_scale(rows, scale)], SQUARES), False
     if not rows % 4:
         return Blocks(data, [_tile_scale(rows, scale)], TILES), False
-    more = -rows % 4  # cuBLASLt wants the scales' leading dimension in 16 bytes
-    longer = F.pad(data.view(torch.uint8), (0, 0, 0, more)).view(data.dtype)
-    return Blocks(longer, [F.pad(scale.t(), (0, more)).t()], TILES), True
+    data, scale = filled_up(a._replace(scale=scale))  # cuBLASLt wants the scales' leading dimension in 16 bytes
+    return Blocks(data, [scale], TILES), True
 
 
 def _product(a: Blocks, b: Blocks, dtype: torch.dtype, out: Tensor | None = None, add: bool = False) -> Tensor:
