@@ -3,8 +3,8 @@
 The engine of a run, vLLM and its sampling included, with random weights: answers of one length to short prompts, for
 batches of several sizes. Each recipe has a process of its own. Needs a GPU, but for --model tiny.
 
-    forward_ms   one decoding step of the model alone: a CUDA graph replayed
-    kernels      those that take longest in it: name, how many, and microseconds of all of them
+    gpu_ms       what the GPU is busy in a step of a short answer, its share of reading the prompts included
+    kernels      those that take longest: name, how many, and microseconds a step
     step_ms      one step of the engine: scheduling, the model, sampling, log-probabilities
     prompts_ms   the step before them, which reads the prompts kernel by kernel and draws the first tokens
 """
@@ -52,6 +52,8 @@ MODELS: dict[str, tuple[int, dict[str, Any]]] = {
 }  # fmt: skip
 """By name: size of the vocabulary, and settings of the model."""
 PROMPT, ANSWER = 16, 128
+PROFILED = 32
+"""Tokens of an answer whose kernels are looked at."""
 REPEATS = 3
 
 
@@ -80,9 +82,9 @@ def _print(recipe: str, engine: dict[str, Any], against: dict[str, Any]) -> None
     print(f"{recipe}: {size:.2f} GiB of linears, {against['linear_bytes'] / engine['linear_bytes']:.2f}x smaller")
     for batch, found in engine["batches"].items():
         ratio = found["tokens_per_s"] / against["batches"][batch]["tokens_per_s"]
-        forward = f", forward {found['forward_ms']:.3f} ms" if "forward_ms" in found else ""
+        busy = f", GPU busy {found['gpu_ms']:.3f} ms" if "gpu_ms" in found else ""
         speed = f"{found['tokens_per_s']:9.1f} tokens/s {ratio:6.2f}x"
-        print(f"  batch {batch:>3} {speed}, step {found['step_ms']:.3f} ms{forward}", flush=True)
+        print(f"  batch {batch:>3} {speed}, step {found['step_ms']:.3f} ms{busy}", flush=True)
 
 
 def _write(arguments: argparse.Namespace, engines: dict[str, dict[str, Any]]) -> None:
@@ -173,7 +175,7 @@ def decode(worker: RolloutWorker, batch: int, vocabulary: int) -> dict[str, Any]
     whole, prompts_alone = (_seconds(worker, prompts, length) for length in (ANSWER, 1))
     step = (whole - prompts_alone) / (ANSWER - 1)
     found = {"tokens_per_s": batch / step, "step_ms": step * 1e3, "prompts_ms": prompts_alone * 1e3}
-    return found | _graph(worker, batch)
+    return found | _kernels(worker, prompts)
 
 
 def _seconds(worker: RolloutWorker, prompts: tuple[Prompt, ...], length: int) -> float:
@@ -185,28 +187,18 @@ def _seconds(worker: RolloutWorker, prompts: tuple[Prompt, ...], length: int) ->
     return min(result.seconds for result in results)
 
 
-def _graph(worker: RolloutWorker, batch: int) -> dict[str, Any]:
-    """Times of a decoding step of the model alone; empty without graphs. The engine's answers are worthless after it:
-    keys and values are written wherever the last step's were."""
-    [model] = worker._engine._llm.collective_rpc(lambda process: process.model_runner.model)
-    entries = getattr(model, "concrete_cudagraph_entries", {})
-    graph = next((entry.cudagraph for key, entry in entries.items() if key.num_tokens == batch), None)
-    if graph is None:
+def _kernels(worker: RolloutWorker, prompts: tuple[Prompt, ...]) -> dict[str, Any]:
+    """What the GPU does in a step, of a short answer; empty without a GPU."""
+    if not torch.cuda.is_available():
         return {}
-    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    graph.replay()
-    started.record()
-    for _ in range(50):
-        graph.replay()
-    ended.record()
-    torch.cuda.synchronize()
+    request = RolloutRequest(0, prompts, SamplingSettings(1, 1.0, PROFILED, 0), Noise(0.0, 0))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        graph.replay()
+        worker.generate(request)
         torch.cuda.synchronize()
-    kernels = sorted(profile.key_averages(), key=lambda kernel: -kernel.device_time_total)
+    kernels = sorted(profile.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
     return {
-        "forward_ms": float(started.elapsed_time(ended)) / 50,
-        "kernels": [[kernel.key[:90], kernel.count, round(kernel.device_time_total, 1)] for kernel in kernels[:20]],
+        "gpu_ms": sum(kernel.self_device_time_total for kernel in kernels) / PROFILED / 1e3,
+        "kernels": [[k.key[:90], k.count, round(k.self_device_time_total / PROFILED, 1)] for k in kernels[:20]],
     }
 
 
