@@ -58,6 +58,7 @@ class Timing:
 
     seconds: list[dict[str, float]]  # by update and phase
     memory_mib: float | None  # most that was allocated on the GPU
+    allocation_retries: int | None  # how often memory had to be given back before more could be had: the GPU is full
     device: str
     grad_norm: float
 
@@ -172,6 +173,7 @@ def _timed(worker: LearnerWorker, options: Options, batch: TrainBatch) -> Timing
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        retried = torch.cuda.memory_stats()["num_alloc_retries"]
     seconds = []
     for step in range(options.warmup + options.steps):
         start = time.perf_counter()
@@ -180,7 +182,8 @@ def _timed(worker: LearnerWorker, options: Options, batch: TrainBatch) -> Timing
         if step >= options.warmup:
             seconds.append({"update": whole, **report.seconds})
     memory = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
-    return Timing(seconds, memory, report.usage.device, report.grad_norm)
+    retries = torch.cuda.memory_stats()["num_alloc_retries"] - retried if on_gpu else None
+    return Timing(seconds, memory, retries, report.usage.device, report.grad_norm)
 
 
 def _row(shape: ModelShape, batch: TrainBatch, timings: list[Timing]) -> dict[str, Any]:
@@ -199,6 +202,7 @@ def _row(shape: ModelShape, batch: TrainBatch, timings: list[Timing]) -> dict[st
         "tokens_per_second_per_rank": tokens / ranks / seconds["update"],
         "mfu": None if peak is None else flops / (ranks * peak * seconds["update"]),
         "memory_mib": max((timing.memory_mib or 0.0) for timing in timings) or None,
+        "allocation_retries": max((timing.allocation_retries or 0) for timing in timings),
         "grad_norm": timings[0].grad_norm,
     }
 
@@ -207,6 +211,8 @@ def _line(recipe: str, row: dict[str, Any]) -> str:
     phases = ", ".join(f"{name} {value:.3f} s" for name, value in row["seconds"].items())
     mfu = "" if row["mfu"] is None else f"  MFU {100 * row['mfu']:.1f} %"
     memory = "" if row["memory_mib"] is None else f"  {row['memory_mib'] / 1024:.1f} GiB"
+    if row["allocation_retries"]:
+        memory += f" (full: {row['allocation_retries']} times memory was given back)"
     speed = f"{row['tokens_per_second_per_rank']:10.0f} tokens/s/rank  {row['ratio']:.2f}x"
     return f"{recipe:18}{speed}{mfu}{memory}  {phases}  |gradient| {row['grad_norm']:.3g}"
 
