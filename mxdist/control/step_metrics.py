@@ -11,6 +11,8 @@ from mxdist.messages import EntropyStatistics, UpdateReport
 from mxdist.model.shape import ModelShape
 from mxdist.observe.usage import bf16_peak
 
+BOTH_WAYS = ("forward", "backward")
+
 
 def step_metrics(
     step: int,
@@ -56,8 +58,10 @@ def step_metrics(
         metrics[f"reward/{part}"] = float(np.mean([scored.parts[part] for scored in groups]))
     for name, total in _summed_means(reports).items():
         metrics[name] = total
+    slowest = max(reports, key=_both_ways)  # forward and backward of one rank: with pipeline stages they differ
     for phase in reports[0].seconds:
-        metrics[f"timing_s/{phase}"] = max(report.seconds[phase] for report in reports)
+        same_rank = [slowest] if phase in BOTH_WAYS else reports
+        metrics[f"timing_s/{phase}"] = max(report.seconds[phase] for report in same_rank)
     return metrics
 
 
@@ -84,9 +88,13 @@ def cost_metrics(
     if peak is not None:
         counted = Counter(lengths)
         flops = 3 * sum(forward_flops(shape.config, shape.vocab_size, n) * count for n, count in counted.items())
-        seconds = max(report.seconds["forward"] + report.seconds["backward"] for report in reports)
+        seconds = max(map(_both_ways, reports))
         metrics["perf/mfu/actor"] = flops / (seconds * ranks * peak)
     return metrics
+
+
+def _both_ways(report: UpdateReport) -> float:
+    return sum(report.seconds[phase] for phase in BOTH_WAYS)
 
 
 def _summed_means(reports: Sequence[UpdateReport]) -> dict[str, float]:

@@ -44,7 +44,7 @@ class MegatronPolicy(Policy):
         model.config.finalize_model_grads_func = _sum_gradients
         self._ddp = DistributedDataParallel(
             model.config,
-            # No overlap: ``model.experts`` adds to ``main_grad`` itself, and no hook is to wait for those gradients.
+            # No overlap: quantised linears and experts add to ``main_grad`` themselves, and no hook may wait for those.
             DistributedDataParallelConfig(
                 use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
             ),

@@ -143,7 +143,7 @@ class LearnerWorker:
         old_logprobs: Sequence[np.ndarray] | None,
         seconds: dict[str, float],
     ) -> "list[Scored]":
-        """Forward and backward, which alternate: what is not the one is the other."""
+        """Forward and backward, which alternate: what is not the one is the other, waits of a pipeline included."""
         both = {"forward_backward": 0.0}
         self._policy.forwards.take()
         with timed(both, "forward_backward"):

@@ -164,7 +164,7 @@ def quantised_weights(model: nn.Module) -> Iterator[QuantisedWeight]:
 def requantise(model: nn.Module) -> None:
     """Quantise every master weight anew.
 
-    Rows are independent of each other, so weights of one width and operand are quantised together, up to ``TOGETHER``.
+    Rows are independent of each other, so weights of one shape and recipe are quantised together, up to ``TOGETHER``.
     The host waits for the device once, at the end.
 
     Raises:
@@ -177,9 +177,7 @@ def requantise(model: nn.Module) -> None:
         together.setdefault(key, []).append(module)
     for alike in together.values():
         for modules in _runs(alike):
-            found = _requantise_together(modules).found
-            if found is not None:
-                runs.append((modules, found))
+            runs.append((modules, _requantise_together(modules).found))
     if runs:
         numbers = iter(torch.cat([found for _, found in runs]).tolist())
         for modules, _ in runs:

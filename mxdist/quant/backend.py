@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mxdist.quant import reference
+from mxdist.quant.format import E8M0_NAN
 from mxdist.quant.kernels import plan
 from mxdist.quant.kernels.options import missing_in_packed, missing_in_terms
 from mxdist.quant.philox import Draw
@@ -116,12 +117,12 @@ class QuantisedWeights:
     packed    each as `quantise` returns it
     prepared  each as `prepare_weight` returns it; None where that was not asked for
     found     int32 [weights + 1] on the device: not 0 for weights whose bytes lost something of `packed`, and last
-              where any holds NaN or Inf. None where nothing is left to be looked at.
+              where any holds NaN or Inf
     """
 
     packed: list[MXTensor]
     prepared: Sequence[Tensor | HopperWeight | None]
-    found: Tensor | None
+    found: Tensor
 
 
 def quantise_weights(
@@ -130,23 +131,22 @@ def quantise_weights(
     """`quantise` and `prepare_weight` of `count` equal weights that stand one below the other, [count * N, K].
 
     Does not wait for a GPU: `found` is for the caller to look at, once for many calls, and `as_values` for weights
-    that it names. On a CPU NaN and Inf raise ValueError.
+    that it names.
     """
     assert recipe.w is not None
     weights, rows = weights.detach(), len(weights) // count
     choice = _plan(weights, rows, recipe, None, name) if prepare else None
-    by_reference, found = _reference_only(weights, recipe.w, name), None
-    if choice is not None or not by_reference:
-        found = torch.zeros(count + 1, dtype=torch.int32, device=weights.device)
-    if by_reference or found is None:
-        packed = reference.quantise(weights, recipe.w, name=name)
+    found = torch.zeros(count + 1, dtype=torch.int32, device=weights.device)
+    if _reference_only(weights, recipe.w, name):
+        packed = reference.quantise(weights, recipe.w, name=name, nonfinite="propagate")
+        found[count] = (packed.scales == E8M0_NAN).any()
     else:
         from mxdist.quant.kernels import quant_terms
 
         packed = quant_terms.quantise(weights, recipe.w, name=name, nonfinite=found[count:])
     parts = packed.split(rows)
     prepared: Sequence[Tensor | HopperWeight | None] = [None] * count
-    if choice is not None and found is not None:
+    if choice is not None:
         from mxdist.quant.kernels.prepared import prepare_weights
 
         prepared = prepare_weights(weights, count, recipe, choice, packed, name, found[:count])

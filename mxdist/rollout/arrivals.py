@@ -39,8 +39,15 @@ class Arrivals:
         self._outcomes[ticket] = outcome
 
     def close(self, ticket: int) -> "PartSums | Exception | None":
-        """What came of a push; None when it was not taken, and it will not be any more."""
+        """What came of a push; None when it was not taken, and it will not be any more.
+
+        Who gets None loads it now, perhaps over weights of a later push (a process that replaced another was offered
+        that one alone): what came of later ones is then forgotten, so that they are loaded again in their turn.
+        """
         with self._lock:
             self._closed = ticket
             self._waiting = deque(waiting for waiting in self._waiting if waiting[0] > ticket)
-        return self._outcomes.pop(ticket, None)
+        found = self._outcomes.pop(ticket, None)
+        if found is None:
+            self._outcomes.clear()
+        return found

@@ -80,6 +80,7 @@ class Rank:
 
     def check(self, payloads: Sequence[WeightPayload]) -> None:
         """Hold payloads against the live weights, for `write`. Raises as ``WeightLoader.checked``."""
+        self._arrived = None  # of a push that another process of the engine missed
         self._arrived = self._loader.checked(payloads)
 
     def write(self) -> PartSums:

@@ -59,7 +59,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "TORCHDYNAMO_DISABLE": "1",  # else the first generate compiles a helper with g++ for half a minute
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # a warning of torch's about NUMA binding, at every start
-    # On a GPU the model runner and the sampler that a CPU has too, with a generator for each request.
+    # On a GPU the model runner that a CPU has too, into which ``sampler`` is put.
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
@@ -128,7 +128,7 @@ class RolloutWorker:
         try:
             self._engine.each("check", payloads)
         except SyncInterrupted as error:
-            self._interrupted = error
+            self._interrupted = SyncInterrupted(str(error), error.generation)  # its traceback holds what was received
             raise
         self._interrupted = None
         self._version = -1  # a copy that fails half-way leaves weights that nothing may be sampled with

@@ -222,17 +222,19 @@ class _Party:
         Args:
             received: what collectives that are cut short may still write to.
         Raises:
-            SyncInterrupted: instead of any error; the generation is over for all.
+            SyncInterrupted: instead of an error of torch's; after any error the generation is over for all.
         """
         try:
             yield
-        except (RuntimeError, _Failed) as error:
+        except Exception as error:
             why = _first_line(error)
             with suppress(RuntimeError):  # the store may be gone with the controller
                 if not self._store.check([_over(self.generation)]):
                     self._store.set(_over(self.generation), why)
                 why = self._store.get(_over(self.generation)).decode()
             self.leave(received)
+            if not isinstance(error, RuntimeError | _Failed):
+                raise
             raise SyncInterrupted(f"a broadcast of weights was broken off: {why}", self.generation) from error
 
     def leave(self, received: Sequence[Tensor] = ()) -> None:

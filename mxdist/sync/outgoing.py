@@ -87,6 +87,9 @@ class Outgoing:
         else:
             buckets = self._shared() if self._transport == "ipc" else self._on_host(found)
         seconds = time.perf_counter() - self._started
+        for kept in self._ring:  # after a roll-back versions come again, with other weights
+            if kept.payload is not None and kept.payload.version >= version:
+                kept.payload = None
         found.payload = WeightPayload(version, recipes, self._manifest, checksums, buckets, seconds)
         return found.payload
 

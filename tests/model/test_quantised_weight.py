@@ -42,3 +42,16 @@ def test_weights_are_the_same_however_many_are_quantised_in_a_call(
         assert torch.equal(one.quantised_values(), other.quantised_values())
         assert all(torch.equal(one.quantised().parts()[key], part) for key, part in other.quantised().parts().items())
     assert calls == ([3, 5, 40, 2, 2] if together == 1 else [3, 5, 40, 4])
+
+
+def test_a_weight_that_is_not_finite_is_named_and_the_model_refuses_to_compute() -> None:
+    linears = model()
+    requantise(linears)
+    for index, linear in enumerate(linears):
+        linear.name = f"layers.{index}"
+    with torch.no_grad():
+        linears[4].weight[1, 7] = float("nan")
+    with pytest.raises(ValueError, match=r"the weight of layers\.4 .*holds nan at position \(1, 7\)"):
+        requantise(linears)
+    with pytest.raises(RuntimeError, match="stale"):
+        linears[0].quantised_values()

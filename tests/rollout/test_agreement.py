@@ -53,7 +53,7 @@ def differences(ranks: RankProcesses, model: ModelConfig, recipe: str, folder: P
 
 
 @pytest.mark.parametrize(
-    ("family", "recipe", "most"), [("qwen2", "bf16", 1e-5), ("qwen3", "mxfp4_mbs_of", 1e-3)], ids=["qwen2", "qwen3"]
+    ("family", "recipe", "most"), [("qwen2", "bf16", 2e-5), ("qwen3", "mxfp4_mbs_of", 1e-3)], ids=["qwen2", "qwen3"]
 )
 def test_log_probabilities_agree(ranks: RankProcesses, tmp_path: Path, family: str, recipe: str, most: float) -> None:
     found = np.abs(differences(ranks, MODELS[family], recipe, tmp_path))

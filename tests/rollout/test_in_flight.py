@@ -213,6 +213,16 @@ def test_an_offer_is_taken_once_and_not_after_its_turn() -> None:
     assert arrivals.take() is None
 
 
+def test_what_was_taken_ahead_of_an_older_push_is_loaded_once_more() -> None:
+    # A process that replaced another is offered the newest push alone; older ones come in their turn, after it.
+    arrivals = Arrivals()
+    arrivals.offer(3, [])
+    assert arrivals.take() == (3, [])
+    arrivals.settle(3, {})
+    assert arrivals.close(2) is None  # loads 2 over 3
+    assert arrivals.close(3) is None  # so that 3 has to be loaded again
+
+
 # Executed in the engine's process --------------------------------------------------------------------------------
 
 

@@ -27,7 +27,10 @@ def test_few_rows_are_multiplied_with_the_bytes_as_they_are(recipe: str) -> None
     for rows in (1, 32, 64):
         assert choose(get_recipe(recipe), SHAPE, rows, HOPPER) is Product.DECODE
         assert choose(get_recipe(recipe), SHAPE, rows, AMPERE) is Product.DECODE
-    assert choose(get_recipe(recipe), SHAPE, 65, HOPPER) is not Product.DECODE
+    assert choose(get_recipe(recipe), SHAPE, 65, AMPERE) is not Product.DECODE
+    in_tiles = recipe in ("mxfp4", "mxfp4_mbs")  # FP8 from nibbles, of weights and rows that are one term
+    assert (choose(get_recipe(recipe), SHAPE, 65, HOPPER) is Product.DECODE) == in_tiles
+    assert choose(get_recipe(recipe), SHAPE, 129, HOPPER) is not Product.DECODE
 
 
 def test_many_rows_run_in_fp8_where_device_and_operands_allow() -> None:

@@ -1,9 +1,12 @@
 """Buckets are filled with the bytes that lie where they are read, however those are strewn over memory."""
 
 import numpy as np
+import pytest
 import torch
 
-from mxdist.sync.outgoing import Copies
+from mxdist.errors import RunStopped
+from mxdist.messages import Manifest, Meeting
+from mxdist.sync.outgoing import Copies, Outgoing
 
 
 def pieces(*rows: tuple[int, int, int, int, int]) -> np.ndarray:
@@ -52,3 +55,14 @@ def test_neighbours_in_memory_of_two_storages_are_not_read_past_the_end_of_the_f
     bucket = torch.zeros(32, dtype=torch.uint8)
     Copies(pieces((0, 0, 16, 0, 0), (1, 0, 16, 0, 16)), lasting=False).run([bucket], [first, second])
     assert bucket.tolist() == list(range(32))
+
+
+def test_a_version_that_came_again_after_a_roll_back_is_given_as_it_is_now() -> None:
+    outgoing = Outgoing(torch.device("cpu"), "learner rank 0", keep=3)
+    meeting = Meeting("127.0.0.1:1", generation=0, number=0, receivers=1, arrival=1, transfer=1)
+    for number, version in enumerate((5, 6, 7, 6)):
+        outgoing.begin(Manifest((), ()), meeting)
+        outgoing.finish({"number": number}, version, np.empty(0, dtype=np.uint64))
+    assert outgoing.again(6).recipes == {"number": 3}
+    with pytest.raises(RunStopped, match="version 7 again"):
+        outgoing.again(7)

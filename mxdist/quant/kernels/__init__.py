@@ -14,12 +14,14 @@
     quant_residual  tiles with every macro method; residuals of listed tiles appended along K
     unpack        packed bytes as E4M3
     packed        packed weights read: to registers, to values
-    decode        products of few rows with packed weights, dense and of experts
+    decode        products of few rows with packed weights, dense and of experts: by decode_halves, in 16-bit
+                  arithmetic, by decode_tiles, in FP8, each after a quantiser of its own (quant_halves, quant_lanes)
+    parts, groups  what those share: sums over parts of the contraction, rows by expert
     dequantise    E4M3 back to bfloat16
     plan          which GEMM for which product, and why; no Triton import
     gemm          dense FP8 GEMMs
+    cublas_lt     those with block scales, by the vendor's library itself
     dot_scaled    GEMMs on packed FP4, for Blackwell; emulated elsewhere
-    grouped       linears of experts, one at a time
     segments      where the rows of experts lie, every expert's in whole tiles
     quant_experts the quantisers of experts, fused with filling up tiles and with SwiGLU
     swiglu        SwiGLU alone, forward and backward
@@ -28,6 +30,6 @@
     prepared      a quantised weight as the operands of its GEMMs
     linear        mx_linear on these kernels
 
-Every kernel writes the values of `reference.quantise` bit for bit. Import from the submodules; those with kernels
+Every quantiser writes the values of `reference.quantise` bit for bit. Import from the submodules; those with kernels
 import Triton.
 """

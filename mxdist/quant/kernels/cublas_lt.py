@@ -121,7 +121,10 @@ def multiply(
     assert library is not None
     (rows, k), columns, device = a.shape, b.shape[1], out.get_device()
     addresses = (b.data_ptr(), a.data_ptr(), out.data_ptr())
-    aligned = not (addresses[0] | addresses[1] | addresses[2]) & 255
+    together = addresses[0] | addresses[1] | addresses[2]
+    if together & 15:
+        return False
+    aligned = not together & 255
     known = _known(
         device, rows, columns, k, b.stride(1), a.stride(0), out.stride(0), b_squares, a_squares,
         out.dtype == torch.float32, aligned,

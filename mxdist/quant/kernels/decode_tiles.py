@@ -4,9 +4,10 @@
 
 x comes as form TILE of `forms`. Weights are read and expanded once for all the rows of a program: eight nibbles become
 eight bytes with nine integer instructions, their block's scale included, which chooses the table of magnitudes that
-the nibbles are looked up in. Sums are those of an FP8 GEMM on what `unpack` gives: a tile is summed up by the tensor
-cores, which for such operands is exact, and added in float32. The contraction may be split over programs: the last of
-them to finish adds the partial sums, always in one order.
+the nibbles are looked up in. A tile is summed up by the tensor cores, and tiles in float32, as in an FP8 GEMM on what
+`unpack` gives. Their 14 bits are exact for blocks a few binades apart; beyond, bits far below the largest product are
+lost, at most 2^-12.5 of the sum of magnitudes. The contraction may be split over programs: the last of them to finish
+adds the partial sums, always in one order.
 """
 
 from __future__ import annotations

@@ -20,12 +20,8 @@ ROTATION_GAIN = 32.0
 """Operands rotated by H / 32 multiply to 1 / 32 of the product, since H H = 32 I."""
 
 
-def matmul(
-    a: Fp8Matrix, b: Fp8Matrix, dtype: torch.dtype = torch.bfloat16, out: Tensor | None = None
-) -> Tensor:  # fmt: skip
+def matmul(a: Fp8Matrix, b: Fp8Matrix, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Return a b^T [a.rows, b.rows] of `dtype` (bfloat16 or float32) for matrices over the same contraction axis.
-
-    out  where to write, contiguous, of `dtype`'s kind.
 
     Forms: ROW with ROW, or TILE with TILE or SQUARE in either order. b.rows is a multiple of 16; of a SQUARE operand
     the rows are a multiple of 128. ValueError for operands that do not go together.
@@ -38,17 +34,13 @@ def matmul(
     if (a.form is Form.ROW) != (b.form is Form.ROW) or a.form is b.form is Form.SQUARE:
         raise ValueError(f"there is no FP8 GEMM of a {a.form} operand with a {b.form} operand.")
     if not a.rows or not b.rows or not a.k:
-        zeros = torch.zeros(a.rows, b.rows, dtype=dtype, device=a.data.device)
-        return zeros if out is None else out.copy_(zeros)
+        return torch.zeros(a.rows, b.rows, dtype=dtype, device=a.data.device)
     if a.form is not Form.ROW:
-        return multiply(a, right(b), dtype, out)
+        return multiply(a, right(b), dtype)
     if a.data.device.type == "cpu":
-        product = (_padded(a) @ _padded(b).t()).to(dtype)
-        return product if out is None else out.copy_(product)
+        return (_padded(a) @ _padded(b).t()).to(dtype)
     scale_a = a.scale * ROTATION_GAIN if a.rotated else a.scale
-    return torch._scaled_mm(
-        a.data, b.data.t(), scale_a, b.scale.t(), out_dtype=dtype, use_fast_accum=False, out=out
-    )  # fmt: skip
+    return torch._scaled_mm(a.data, b.data.t(), scale_a, b.scale.t(), out_dtype=dtype, use_fast_accum=False)
 
 
 def _padded(matrix: Fp8Matrix) -> Tensor:
@@ -85,16 +77,13 @@ def multiply_blocks(a: Blocks, b: Blocks, out: Tensor, add: bool = False) -> Non
     _product(a, b, out.dtype, out, add)
 
 
-def multiply(a: Fp8Matrix, b: Blocks, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def multiply(a: Fp8Matrix, b: Blocks, dtype: torch.dtype) -> Tensor:
     """Return a b of `dtype`: what `matmul` computes, without its checks, for a not of form ROW."""
     if not a.data.numel() or not b.data.numel():
-        zeros = torch.zeros(a.rows, b.data.shape[1], dtype=dtype, device=a.data.device)
-        return zeros if out is None else out.copy_(zeros)
+        return torch.zeros(a.rows, b.data.shape[1], dtype=dtype, device=a.data.device)
     left, filled = _left(a)
-    if not filled:
-        return _product(left, b, dtype, out)
-    result = _product(left, b, dtype)[: a.rows]
-    return result if out is None else out.copy_(result)
+    product = _product(left, b, dtype)
+    return product[: a.rows] if filled else product
 
 
 def accumulate(total: Tensor, a: Fp8Matrix, b: Blocks) -> None:
@@ -126,7 +115,7 @@ def _product(a: Blocks, b: Blocks, dtype: torch.dtype, out: Tensor | None = None
         if out is None:
             out = torch.empty(a.data.shape[0], b.data.shape[1], dtype=dtype, device=a.data.device)
         if cublas_lt.multiply(
-            a.data, a.scale[0], a.recipe is SQUARES, b.data, b.scale[0], b.recipe is SQUARES, out, add
+            a.data, a.scale[0], a.recipe == SQUARES, b.data, b.scale[0], b.recipe == SQUARES, out, add
         ):
             return out
     if out is not None and add:
