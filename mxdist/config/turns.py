@@ -18,7 +18,6 @@ def check_turns(config: "Config") -> None:
             "sync.update=in_flight gives engines new weights while they sample, and with rollout.max_lag=0 they wait "
             "for the weights instead; set rollout.max_lag=1 or more, or sync.update=drained"
         )
-
     if config.sync.transport == "broadcast" and (obstacle := broadcast_lacks(config)):
         raise ValueError(f"sync.transport=broadcast {obstacle}")
 

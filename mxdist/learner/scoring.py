@@ -68,12 +68,12 @@ class _Scores(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, places, tokens, shift = ctx.saved_tensors
         gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-        _by(logits).add_gradient(gradient, logits, places, tokens, shift, grads[0].contiguous(), ctx.temperature)
+        _by(logits).write_gradient(gradient, logits, places, tokens, shift, grads[0].contiguous(), ctx.temperature)
         return gradient, None, None, None, None
 
 
 def _by(logits: Tensor) -> ModuleType:
-    if not (logits.is_cuda and logits.stride(1) == 1) or quantisers_lack(logits.device) is not None:
+    if logits.stride(1) != 1 or quantisers_lack(logits.device) is not None:
         return scoring_pieces
     from mxdist.learner import scoring_kernel
 

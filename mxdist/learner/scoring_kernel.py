@@ -61,10 +61,10 @@ def row_sums(logits: Tensor, places: Tensor, tokens: Tensor, temperature: float)
     return out
 
 
-def add_gradient(
+def write_gradient(
     gradient: Tensor, logits: Tensor, places: Tensor, tokens: Tensor, shift: Tensor, scale: Tensor, temperature: float
 ) -> None:
-    """As ``scoring_pieces.add_gradient``."""
+    """As ``scoring_pieces.write_gradient``."""
     if len(places):
         _gradient_kernel[(len(places),)](
             logits, places, tokens, shift, scale, gradient, logits.stride(0), logits.shape[1], temperature,

@@ -25,7 +25,7 @@ def row_sums(logits: Tensor, places: Tensor, tokens: Tensor, temperature: float)
     return out
 
 
-def add_gradient(
+def write_gradient(
     gradient: Tensor, logits: Tensor, places: Tensor, tokens: Tensor, shift: Tensor, scale: Tensor, temperature: float
 ) -> None:
     """Write scale (1(token) - e^(z - shift)) / temperature into ``gradient`` at ``places``; shift is m + log s."""

@@ -25,6 +25,7 @@ from mxdist.model.grouped_experts import grouped_linear
 from mxdist.quant.backend import fake_quantise, nonfinite_in_passing, quantisers_lack
 from mxdist.quant.linear import mx_linear
 from mxdist.quant.recipe import Operand, Recipe
+from mxdist.quant.transfer import sent
 
 
 class MxExperts(SequentialMLP):
@@ -128,8 +129,6 @@ def _totals(weights: Layers) -> Layers | None:
 
 
 def _in_bfloat16(rows: Tensor, weights: Layers, counts: list[int], totals: Layers | None) -> Tensor:
-    from mxdist.quant.kernels.segments import sent
-
     ends = sent(torch.tensor(counts).cumsum(0).to(torch.int32), rows.device)
     first, second = totals or (None, None)
     h = grouped_linear(rows, weights[0], ends, first)

@@ -26,7 +26,7 @@ def rotation(positions: Tensor, head: int, base: float, dtype: torch.dtype) -> R
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:
     """Return x [tokens, heads, head], whose last axis is contiguous, with every head turned; differentiable in x."""
-    if x.is_cuda and quantisers_lack(x.device) is None:
+    if quantisers_lack(x.device) is None:
         return Rotate.apply(x, *by)
     a, b = x.float().chunk(2, dim=-1)
     cos, sin = (part.float().unsqueeze(1) for part in by)

@@ -18,6 +18,7 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
+from mxdist.quant.transfer import sent
 from mxdist.rollout.sampling import sample
 
 SEED = "mxdist_seed"
@@ -61,7 +62,7 @@ class SeededSampler(Sampler):
             self._seeds, self._temperature = self._of_requests(device)
         rows = len(logits)
         positions = (batch.num_tokens_no_spec[:rows] - batch.num_prompt_tokens[:rows]).astype(np.int64)
-        places = to_device(torch.from_numpy(positions), device)
+        places = sent(torch.from_numpy(positions), device)
         tokens, logprobs = sample(logits, self._temperature, self._seeds, places)
         self._steps.append(_Step(self._requests, positions, logprobs))
         return SamplerOutput(tokens.unsqueeze(-1), None)
@@ -89,11 +90,4 @@ class SeededSampler(Sampler):
         every: list[SamplingParams] = [runner.requests[request].sampling_params for request in self._requests]
         seeds = torch.tensor([(one.extra_args or {}).get(SEED, 0) for one in every], dtype=torch.int64)
         temperature = torch.tensor([one.temperature for one in every], dtype=torch.float32)
-        return to_device(seeds, device), to_device(temperature, device)
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A copy there without waiting for what the device is at."""
-    if device.type == "cpu":
-        return values
-    return values.pin_memory().to(device, non_blocking=True)
+        return sent(seeds, device), sent(temperature, device)

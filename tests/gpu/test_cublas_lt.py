@@ -63,7 +63,7 @@ def test_products_add_to_totals(squares: bool) -> None:
     torch.testing.assert_close(by_us(a, b, total, accumulate=True), expected, rtol=1e-6, atol=1e-4)
 
 
-def test_a_stream_of_its_own_waits_for_no_other() -> None:
+def test_products_on_another_stream_are_the_same() -> None:
     a, b = operands(512, 512, 512, squares=True)
     expected = by_torch(a, b, torch.bfloat16)
     torch.cuda.synchronize()

@@ -31,7 +31,7 @@ def test_sums_and_gradients_are_those_of_torchs_operations(width: int, temperatu
     shift, scale = expected[0] + expected[1].log(), torch.tensor([1.0, -2.0, 0.5, 0.0], device=DEVICE)
     gradients = [torch.zeros(9, width, device=DEVICE) for _ in range(2)]
     for gradient, by in zip(gradients, (scoring_kernel, scoring_pieces), strict=True):
-        by.add_gradient(gradient, logits, PLACES, tokens, shift, scale, temperature)
+        by.write_gradient(gradient, logits, PLACES, tokens, shift, scale, temperature)
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
 
 

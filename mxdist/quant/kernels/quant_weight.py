@@ -34,12 +34,12 @@ from mxdist.quant.recipe import Operand
 from mxdist.quant.reference import NonFinite
 
 
-def whole_units(weights: Tensor, operand: Operand) -> tuple[Tensor, Tensor]:
-    """Return the codes int32 [E] and scales float32 [E] of one unit for each whole weight of [E, N, K].
+def _whole_unit(weight: Tensor, operand: Operand) -> tuple[Tensor, Tensor]:
+    """Return the code int32 [1] and the scale float32 [1] of one unit for the whole of a weight [N, K].
 
-    A NaN or Inf anywhere in a weight spoils the unit, hence all values, of that weight.
+    A NaN or Inf anywhere in it spoils the unit, hence all values.
     """
-    largest = torch.maximum(weights.amax((1, 2)), -weights.amin((1, 2))).float().nan_to_num(0.0)
+    largest = torch.maximum(weight.amax(), -weight.amin()).float().nan_to_num(0.0).view(1)
     unit = (e8m0_from_absmax(largest, operand.scale_rule) - 6).clamp_(min=1)
     return unit, torch.ldexp(torch.ones_like(largest), unit - 127)
 
@@ -120,7 +120,6 @@ def quantise_weight(
     *,
     form: Form = Form.SQUARE,
     out: Fp8Weight | None = None,
-    unit: Tensor | None = None,
     name: str = "weight",
     nonfinite: NonFinite = "error",
 ) -> Fp8Weight:
@@ -133,7 +132,6 @@ def quantise_weight(
     form    SQUARE: a scale per 128 x 128 square. ROW: one unit for the whole weight, written as equal row scales.
 
     out     where to write, of this shape and form; new matrices without.
-    unit    form ROW: the weight's code of `whole_units`, when `out` already holds the scales.
 
     Values equal `reference.quantise` while the block codes of a square (or of the weight) span at most 14 binades.
     Raises `UnsupportedOperandError` for operands with other macro factors, ValueError for form TILE.
@@ -143,8 +141,9 @@ def quantise_weight(
     n, k = weight.shape
     if out is None:
         out = Fp8Weight(empty_tiles(n, k, form, weight.device), empty_tiles(k, n, form, weight.device))
-    if form is Form.ROW and unit is None and weight.numel():
-        unit, value = whole_units(weight.detach().unsqueeze(0), operand)
+    unit = None
+    if form is Form.ROW and weight.numel():
+        unit, value = _whole_unit(weight.detach(), operand)
         out.forward.scale.copy_(value.expand(n, 1))
         out.transposed.scale.copy_(value.expand(k, 1))
     _launch(weight, operand, out, unit, name, nonfinite)

@@ -20,6 +20,7 @@ from torch import Tensor
 from mxdist.quant.format import TILE
 from mxdist.quant.kernels.forms import Form, Fp8Matrix
 from mxdist.quant.kernels.gemm import ROTATION_GAIN, SQUARES, TILES, Blocks
+from mxdist.quant.transfer import sent
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,11 +81,6 @@ class Segments:
 def _before(counts: np.ndarray) -> np.ndarray:
     """Of each the sum of those before it."""
     return counts.cumsum(0) - counts
-
-
-def sent(host: Tensor, device: torch.device) -> Tensor:
-    """A small tensor on the device, without waiting for what the device is doing."""
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
