@@ -1,7 +1,7 @@
 """Adds adaptive quantisation noise to the norm weights of a live model, and takes it away bit-exactly.
 
 Noise on the weight of an RMSNorm is multiplicative noise on the rows of the linears it feeds, without touching their
-quantised bytes (QeRL, arXiv 2510.11696, section 3.3). Which norms (mxfp4_facts 5.1-5.4):
+quantised bytes (QeRL, arXiv 2510.11696, section 3.3). Which norms:
 
     dense                  input_layernorm and post_attention_layernorm of every layer
     mixture of experts     input_layernorm only: post_attention_layernorm feeds the router

@@ -55,10 +55,10 @@ class Origins:
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file, and over it, in their order, further files and ``key=value`` arguments.
 
-    Args:
-        overrides: names of YAML files, whose keys replace those of the same name, and settings such as ``run.seed=1``.
     Relative paths of data are made absolute, so that a run can be resumed from another directory.
 
+    Args:
+        overrides: names of YAML files, whose keys replace those of the same name, and settings such as ``run.seed=1``.
     Raises:
         UserError: one sentence about the first thing that is wrong, with the key and where it came from.
     """

@@ -47,9 +47,9 @@ class RewardPool:
             scored[index::count] = [self._scored(group, [next(results) for _ in group.samples]) for group in share]
         return [group for group in scored if group is not None]
 
-    def _items(self, groups: Sequence[Group]) -> list[tuple[str, str, str]]:
+    def _items(self, groups: Sequence[Group]) -> list[tuple[str, str]]:
         return [
-            (group.prompt.key, self._task.answer_text(sample.tokens), group.prompt.reference)
+            (self._task.answer_text(sample.tokens), group.prompt.reference)
             for group in groups
             for sample in group.samples
         ]
@@ -60,7 +60,7 @@ class RewardPool:
         return ScoredGroup(group, tuple(result.total for result in results), parts, tuple(results))
 
 
-def _score(process: Process, doing: str, items: list[tuple[str, str, str]]) -> Pending:
+def _score(process: Process, doing: str, items: list[tuple[str, str]]) -> Pending:
     return process.call(doing, "score", items)
 
 

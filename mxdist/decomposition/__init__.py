@@ -4,6 +4,7 @@
     huggingface     safetensors directories and files
     run_checkpoint  run directories: Megatron's distributed checkpoints, read by Hugging Face name
     selection       which tensors a recipe would quantise, their kind, layer and contraction axis; why others are left
+    pieces          cuts tensors into parts of bounded size that are quantised one by one
     survey          stream the tensors through `quant.decompose.measure`
     report          sums per tensor, layer, kind and in total; JSON
     table           what the terminal shows
@@ -11,5 +12,6 @@
     progress        the bar, or lines
     command         the command itself
 
-Depends on `quant`, the files of `model` and `config`: no Ray, Megatron, vLLM, transformers. This file imports nothing.
+Depends on `quant`, `config`, those modules of `model` that read files, and the name of a run's configuration in
+`observe`: no Ray, Megatron, vLLM, transformers. This file imports nothing.
 """

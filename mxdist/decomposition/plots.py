@@ -29,6 +29,8 @@ PARTS = (  # name, share of the squared error, colour, dash
     ("2 ⟨scale, deadzone⟩", "cross_scale_deadzone", SKY, "dot"),
 )
 
+MOST_TICKS = 12  # of an axis of layers
+
 CONFIG = {"displaylogo": False, "responsive": True}
 
 STYLE = """
@@ -97,7 +99,8 @@ def components_by_layer(report: Report) -> go.Figure:
             _add_line(figure, panel, layers, values, name, colour, dash)
         _add_line(figure, panel, layers, [entry["nmse"] for entry in figures], "NMSE", BLACK, "solid")
     figure.update_yaxes(title_text="share of ‖x‖²", col=1, tickformat=".2g")
-    return _finished(figure, "layer", len(report.names))
+    _layer_axis(figure, layers)
+    return _finished(figure, len(report.names))
 
 
 def cosines_by_layer(report: Report) -> go.Figure:
@@ -112,8 +115,8 @@ def cosines_by_layer(report: Report) -> go.Figure:
             x=layers, y=values, name=recipe, mode="lines+markers", line=style, marker={"symbol": symbol, "size": 7}
         )
     figure.update_yaxes(title_text="cosine", range=[-1, 0.02])
-    figure.update_xaxes(title_text="layer", tickformat="d")
-    return _finished(figure, None, 1)
+    _layer_axis(figure, layers)
+    return _finished(figure, 1)
 
 
 def scale_bias(report: Report) -> go.Figure:
@@ -139,7 +142,7 @@ def scale_bias(report: Report) -> go.Figure:
     figure.add_scatter(x=[0, high], y=[uniform] * 2, name="uniform on 0 to 1", mode="lines", line=style)
     figure.update_xaxes(title_text="δ = log₂ gamma, in octaves", range=[lowest - 0.02, high])
     figure.update_yaxes(title_text="share of blocks", tickformat=".0%", rangemode="tozero")
-    return _finished(figure, None, 1)
+    return _finished(figure, 1)
 
 
 def effect_of_corrections(report: Report) -> go.Figure:
@@ -163,7 +166,7 @@ def effect_of_corrections(report: Report) -> go.Figure:
     figure.update_layout(barmode="group", bargap=0.25)
     figure.update_yaxes(title_text="NMSE = ‖Q(x) - x‖² / ‖x‖²", tickformat=".1e", rangemode="tozero")
     figure.update_xaxes(title_text="kind of tensor")
-    return _finished(figure, None, 1)
+    return _finished(figure, 1)
 
 
 def _ideal(group: Group, recipe: str) -> float:
@@ -191,7 +194,12 @@ def _add_line(
     figure.add_trace(line, row=panel[0], col=panel[1])
 
 
-def _finished(figure: go.Figure, x_title: str | None, panels: int) -> go.Figure:
+def _layer_axis(figure: go.Figure, layers: list[int]) -> None:
+    """Ticks on whole layers: left to itself, plotly puts several of the same name between two."""
+    figure.update_xaxes(title_text="layer", tick0=0, dtick=max(1, -(-len(layers) // MOST_TICKS)))
+
+
+def _finished(figure: go.Figure, panels: int) -> go.Figure:
     rows = -(-panels // 2) if panels > 1 else 1
     figure.update_layout(
         template="plotly_white",
@@ -200,8 +208,6 @@ def _finished(figure: go.Figure, x_title: str | None, panels: int) -> go.Figure:
         margin={"l": 80, "r": 20, "t": 70 if panels > 1 else 50, "b": 60},
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.06 if rows == 1 else 1 + 0.14 / rows, "x": 0},
     )
-    if x_title:
-        figure.update_xaxes(title_text=x_title, tickformat="d")
     return figure
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mxdist.errors import CheckpointFailed, UserError
 from mxdist.learner import random_state
+from mxdist.model.run_weights import SHAPE_FILE
 from mxdist.model.shape import ModelShape
 
-SHAPE_FILE = "model_shape.json"
 ZERO_FILE = "zero.json"  # of the DeepSpeed learner alone
 PROBE_BYTES = 1 << 20
 

@@ -115,9 +115,8 @@ class MegatronPolicy(Policy):
             data_iterator=enumerate(parts),
             model=[self._ddp],
             num_microbatches=len(parts),
-            seq_length=max(
-                len(part.tokens) for part in parts
-            ),  # of the pipeline's messages, unless they tell their own
+            # Of the pipeline's messages, where these do not say how long they are.
+            seq_length=max(len(part.tokens) for part in parts),
             micro_batch_size=1,
             forward_only=forward_only,
         )

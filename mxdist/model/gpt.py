@@ -63,8 +63,8 @@ def transformer_config(shape: ModelShape, learner: LearnerConfig) -> Transformer
         params_dtype=DTYPES[model.dtype],
         bf16=model.dtype == "bfloat16",
         use_cpu_initialization=not on_gpu,
-        perform_initialization=False,  # ``weights.initialise`` does it, independently of the layout
-        # Gradients are plain sums: the batch's weights hold the normaliser already, see ``learner.step``.
+        perform_initialization=False,  # ``hf_tensors.initialise`` does it, independently of the layout
+        # Gradients are plain sums: the batch's weights hold the normaliser already, see ``learner.policy``.
         calculate_per_token_loss=True,
         # These fusions are compiled with torch.compile or need CUDA extensions.
         bias_activation_fusion=False,

@@ -1,4 +1,4 @@
-"""Hugging Face names of a Qwen3 model's linears, and which of them learner and engine keep in one matrix. No torch."""
+"""Hugging Face names of a model's linears, and which of them learner and engine keep in one matrix. No torch."""
 
 from mxdist.config.schema import ModelConfig
 

@@ -1,4 +1,4 @@
-"""Makes Megatron-core 0.16.1 run on a machine with no GPU, over gloo. The only module that patches other people's code.
+"""Makes Megatron-core 0.16.1 run on a machine with no GPU, over gloo. The one module that patches Megatron and torch.
 
 ``install()`` must run in a learner process before anything else imports Megatron, and never in a process that hosts
 vLLM: what it replaces is global to the process. On a machine with a GPU it does nothing but the last four items, of

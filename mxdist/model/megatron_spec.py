@@ -1,7 +1,7 @@
 """Our modules in a Megatron-core GPTModel: parallel linears and experts that compute with ``mx_linear``.
 
-Megatron's hook is used as it is: a ``BackendSpecProvider`` says which classes a layer is built from. Which recipe a
-linear has is set once the model stands (``weights.set_up_linears``), by its Hugging Face name, as the engine does it.
+Megatron's hook is used as it is: a ``BackendSpecProvider`` says which classes a layer is built from. Each linear gets
+its recipe once the model is built (``hf_tensors.set_up_linears``), by its Hugging Face name, as in the engine.
 """
 
 import torch

@@ -94,24 +94,6 @@ class Moments:
             "delta_std": math.sqrt(variance),
         }
 
-    def metrics(self, label: str) -> dict[str, float]:
-        """Return the training metrics of one group of tensors, e.g. label "weights" or "activations/layers.0"."""
-        report = self.report()
-        names = {
-            "scale": "scale_bias/share",
-            "cos_scale_grid": "scale_bias/cos_grid",
-            "cross_scale_deadzone": "scale_bias/cross_deadzone",
-            "gamma": "scale_bias/gamma",
-            "delta_std": "scale_bias/delta_std",
-            "saturated": "scale_bias/saturated",
-            "deadzone": "deadzone/share",
-            "zeroed": "deadzone/zeroed",
-            "grid": "grid/share",
-            "nmse": "error/nmse",
-            "gain": "error/gain",
-        }
-        return {f"quant/{name}/{label}": report[key] for key, name in names.items()}
-
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mxdist.quant.format import E8M0_NAN, unpack_nibbles
+from mxdist.quant.format import unpack_nibbles
 from mxdist.quant.tensor import MXTensor
 
 
@@ -30,11 +30,6 @@ def flagged_fraction(mx: MXTensor) -> float:
     if mx.residual_scales is None or mx.residual_scales.numel() == 0:
         return 0.0
     return (mx.residual_scales > 0).float().mean().item()
-
-
-def nan_fraction(mx: MXTensor) -> float:
-    """Return the fraction of blocks that held a NaN or Inf."""
-    return (mx.scales == E8M0_NAN).float().mean().item() if mx.scales.numel() else 0.0
 
 
 def router_flip_rate(logits: Tensor, logits_quantised: Tensor, top_k: int) -> float:

@@ -13,6 +13,6 @@ class RewardWorker:
     def __init__(self, config: Config) -> None:
         self._reward = reward_for(config.data)
 
-    def score(self, answers: Sequence[tuple[str, str, str]]) -> list[RewardResult]:
-        """Score (problem's key, answer's text, reference answer) in the order given."""
-        return [self._reward(text, reference) for _, text, reference in answers]
+    def score(self, answers: Sequence[tuple[str, str]]) -> list[RewardResult]:
+        """Score pairs of an answer's text and the reference answer, in the order given."""
+        return [self._reward(text, reference) for text, reference in answers]

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from mxdist.decomposition.command import HTML_FILE, JSON_FILE, Options, decompose, open_source
-from mxdist.decomposition.plots import html_text
+from mxdist.decomposition.plots import components_by_layer, cosines_by_layer, html_text
 from mxdist.decomposition.report import Report, json_text
 from mxdist.decomposition.selection import select
 from mxdist.decomposition.survey import survey
@@ -105,6 +105,11 @@ def test_the_page_needs_nothing_else_and_shows_four_figures(report: Report) -> N
     assert not re.findall(r"<(?:script|link)[^>]+(?:src|href)=", page)
     for title in ("Parts of the error", "Cosine", "Scale bias", "Effect of each correction"):
         assert f"<h2>{title}" in page
+
+
+def test_layers_of_the_figures_are_marked_by_whole_numbers(report: Report) -> None:
+    for figure in (components_by_layer(report), cosines_by_layer(report)):
+        assert all(axis.dtick == 1 for axis in figure.select_xaxes())
 
 
 def test_the_page_shows_the_names_of_a_checkpoint_and_does_not_run_them(report: Report) -> None:

@@ -211,7 +211,7 @@ def test_a_reward_process_scores_in_order_and_off_the_main_thread() -> None:
     from mxdist.tasks.reward_worker import RewardWorker
 
     worker = RewardWorker(gsm8k_config("train.jsonl", "test.jsonl"))
-    answers = [("a", "#### 18", "18"), ("b", "#### 19", "18"), ("c", "\\boxed{1/2}", "0.5")]
+    answers = [("#### 18", "18"), ("#### 19", "18"), ("\\boxed{1/2}", "0.5")]
     with ThreadPoolExecutor(1) as pool:
         results = pool.submit(worker.score, answers).result()
     assert [result.parts["accuracy"] for result in results] == [1, 0, 1]
