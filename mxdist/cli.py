@@ -58,7 +58,10 @@ def train(config: ConfigFile, settings: Settings = None) -> None:
 
 @app.command()
 def resume(run_dir: RunDir, settings: Settings = None) -> None:
-    """Go on with a run from its newest complete checkpoint."""
+    """Go on from a run's newest checkpoint.
+
+    Checkpoints that are damaged are passed over. Most settings may change, such as run.steps or the learner's layout.
+    """
     _protect_ray(_check_run(run_dir, settings))
     from mxdist.control import app as control
 
@@ -83,10 +86,10 @@ def evaluate(
         typer.Option(metavar="T", min=0, help="0 is greedy, as one answer is unless told; else rollout.temperature."),
     ] = None,
 ) -> None:
-    """Accuracy on held-out problems, with standard errors.
+    """Accuracy on held-out problems.
 
-    With the run's recipe and with BF16 weights. A Hugging Face model is evaluated through a configuration that names
-    the task: mxdist eval CONFIG model.path=DIR. It makes a run directory as train does.
+    With standard errors, for the run's recipe and for BF16 weights. To evaluate a Hugging Face model, give a
+    configuration that names the task: mxdist eval CONFIG model.path=DIR. That makes a run directory, as train does.
 
     Every answer goes into eval/ of the run directory.
     """
@@ -112,9 +115,10 @@ def profile(
         bool, typer.Option("--trace", help="Save a torch profiler trace of one learner step too.")
     ] = False,
 ) -> None:
-    """Where the time of a step goes, beside the same steps with another recipe.
+    """Where the time of a step goes.
 
-    Same seeds and prompts, no warm start, evaluation or checkpoint. Prints a table and saves it with profile.json.
+    The same few steps with two recipes, one after the other: same seeds and prompts, no warm start, evaluation or
+    checkpoint. Prints a table and saves it with profile.json.
     """
     _protect_ray(load_config(config, settings or []))  # and mistakes in the settings show before the heavy imports
     from mxdist.control import profiling
@@ -136,9 +140,10 @@ def decompose(
         Literal["error", "propagate"], typer.Option(help="What NaN and Inf do: stop, or make the figures NaN.")
     ] = "error",
 ) -> None:
-    """Where the error of quantising a checkpoint's weights comes from.
+    """Where a checkpoint's error comes from.
 
-    Exactly: scale, deadzone and grid, for every linear that a recipe quantises.
+    Splits the error of quantising its weights exactly into scale, deadzone and grid, for every linear that a recipe
+    quantises.
     """
     from mxdist.decomposition import command
 
@@ -157,7 +162,9 @@ def doctor(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
-    """What is installed here, what would fail and why, and the memory CONFIG needs.
+    """What would fail here, and the fix.
+
+    Looks at versions, GPUs, limits and disk; with CONFIG also at its checkpoint, its data and the memory it needs.
 
     Exit code 0: it would start; 1: it would not.
     """
@@ -175,7 +182,10 @@ def export(
         typer.Option(help="bf16, for any software; mxfp4, packed, for vLLM with this project's plugin."),
     ] = "bf16",
 ) -> None:
-    """Write the newest checkpoint as a Hugging Face directory."""
+    """Write a Hugging Face directory.
+
+    It holds the model of the run's newest checkpoint.
+    """
     require_run(run_dir)
     from mxdist.control import exporting
 
@@ -210,7 +220,8 @@ def exit_code_of(command: Callable[[], object]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _failed("interrupted", INTERRUPTED)
     except UsageError as error:
-        return _failed(f"{error.format_message()} (see 'mxdist --help')", UserError.exit_code)
+        asked = error.ctx.command_path if error.ctx else "mxdist"
+        return _failed(f"{error.format_message()} (see '{asked} --help')", UserError.exit_code)
     if result == INTERRUPTED:  # typer turns an interrupt inside a command into this, and says nothing
         return _failed("interrupted", INTERRUPTED)
     return result if isinstance(result, int) else 0
