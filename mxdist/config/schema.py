@@ -170,16 +170,18 @@ DataConfig = Annotated[ArithmeticData | Gsm8kData, Field(discriminator="task")]
 class WarmStartConfig(Section):
     """Supervised steps on worked answers before reinforcement learning, by the same learner."""
 
-    steps: int = Field(0, ge=0)
+    steps: int = Field(0, ge=0, description="0: none, the model learns from rewards alone.")
     sequences: PositiveInt = Field(256, description="Sequences a step.")
-    lr: PositiveFloat = 2e-3
+    lr: PositiveFloat = Field(
+        2e-3, description="Largest learning rate: a short warm-up, then a cosine to a tenth of it."
+    )
 
 
 class Algorithm(Section):
     """What all algorithms share. The maths of each is one file in mxdist/learner/losses."""
 
-    prompts_per_step: PositiveInt = 32
-    samples_per_prompt: PositiveInt = Field(8, description="Group size.")
+    prompts_per_step: PositiveInt = Field(32, description="Groups of a step.")
+    samples_per_prompt: PositiveInt = Field(8, description="Answers to each prompt: the group size.")
     minibatches: PositiveInt = Field(1, description="Optimizer updates made of one rollout batch.")
     tis_cap: PositiveFloat | None = Field(
         2.0,
@@ -191,14 +193,18 @@ class Algorithm(Section):
     def _splits(self) -> "Algorithm":
         sequences = self.prompts_per_step * self.samples_per_prompt
         if sequences % self.minibatches:
-            raise ValueError(f"minibatches={self.minibatches} does not divide the {sequences} sequences of a step")
+            raise ValueError(
+                f"minibatches={self.minibatches} does not divide the {sequences} sequences of a step, "
+                f"prompts_per_step * samples_per_prompt; choose a divisor"
+            )
         if not isinstance(self, Supervised) and self.samples_per_prompt < 2:
             raise ValueError("samples_per_prompt=1 leaves no group to compare with; use at least 2")
         return self
 
 
 class Grpo(Algorithm):
-    """Group-relative policy optimisation (arXiv 2402.03300) with decoupled clipping."""
+    """Group-relative policy optimisation (arXiv 2402.03300) with decoupled clipping: the ratio of new to old policy is
+    clipped to [1 - clip_low, 1 + clip_high]."""
 
     name: Literal["grpo"] = "grpo"
     clip_low: PositiveFloat = 0.2
@@ -206,7 +212,7 @@ class Grpo(Algorithm):
 
 
 class Dapo(Algorithm):
-    """DAPO (arXiv 2503.14476): token-level loss, decoupled clipping, dynamic sampling."""
+    """DAPO (arXiv 2503.14476): token-level loss, decoupled clipping (as Grpo), dynamic sampling."""
 
     name: Literal["dapo"] = "dapo"
     clip_low: PositiveFloat = 0.2
@@ -250,7 +256,7 @@ AlgorithmConfig = Annotated[Grpo | Dapo | DrGrpo | Gspo | Rloo, Field(discrimina
 
 
 class OptimizerConfig(Section):
-    """AdamW."""
+    """AdamW. Norms and biases do not decay."""
 
     lr: PositiveFloat = 1e-6
     warmup_steps: int = Field(0, ge=0, description="Linear warm-up of the learning rate, then constant.")
@@ -286,8 +292,8 @@ class LearnerConfig(Section):
         False, description="Keep only the input of each layer and compute the layer again in the backward pass."
     )
     port: int = Field(0, ge=0, le=65535, description="Port of the ranks' rendezvous; 0 takes a free one.")
-    cpus_per_rank: PositiveFloat = 0.5
-    gpus_per_rank: float = Field(0.0, ge=0)
+    cpus_per_rank: PositiveFloat = Field(0.5, description="CPUs that Ray reserves for a rank.")
+    gpus_per_rank: float = Field(0.0, ge=0, description="GPUs that Ray gives a rank: 0 on a CPU, 1, or a share of one.")
 
 
 class RolloutConfig(Section):
@@ -295,8 +301,8 @@ class RolloutConfig(Section):
     tensor_parallel: PositiveInt = Field(
         1, description="Processes, on a GPU each, that share every matrix of an engine's layers."
     )
-    temperature: PositiveFloat = 1.0
-    max_new_tokens: PositiveInt = 8
+    temperature: PositiveFloat = Field(1.0, description="Of sampling in training; evaluation is greedy unless asked.")
+    max_new_tokens: PositiveInt = Field(8, description="Tokens after which an answer is cut off.")
     max_context: PositiveInt | None = Field(
         None, description="Prompt and answer together, in tokens; null: model.max_position_embeddings."
     )
@@ -306,7 +312,7 @@ class RolloutConfig(Section):
         description="Sequences an engine decodes together. With fewer than it is given at once, new ones come in while "
         "others are decoded, and such steps run without CUDA graphs.",
     )
-    kv_cache_mib: PositiveInt = 64
+    kv_cache_mib: PositiveInt = Field(64, description="Keys and values of each process of an engine, in MiB.")
     cuda_graphs: bool = Field(
         True,
         description="On a GPU, record decoding steps when an engine starts, and replay them. False saves seconds of "
@@ -317,8 +323,10 @@ class RolloutConfig(Section):
         description="Where learner and engine share a GPU: between rollouts the engine frees its KV cache and keeps "
         "its weights in the host's memory.",
     )
-    cpus_per_worker: PositiveFloat = 0.5
-    gpus_per_worker: float = Field(0.0, ge=0)
+    cpus_per_worker: PositiveFloat = Field(0.5, description="CPUs that Ray reserves for an engine.")
+    gpus_per_worker: float = Field(
+        0.0, ge=0, description="GPUs that Ray gives an engine: 0 on a CPU, a share of one, or rollout.tensor_parallel."
+    )
 
 
 class SyncConfig(Section):
@@ -340,15 +348,17 @@ class SyncConfig(Section):
 
 
 class RewardConfig(Section):
-    workers: PositiveInt = 1
+    workers: PositiveInt = Field(1, description="Processes that score answers, on CPUs.")
 
 
 class AqnConfig(Section):
     """Adaptive quantisation noise: who decides sigma, and within which bounds."""
 
-    mode: Literal["disabled", "schedule", "entropy_band"] = "schedule"
-    sigma_start: PositiveFloat = 1e-2
-    sigma_end: PositiveFloat = 1e-3
+    mode: Literal["disabled", "schedule", "entropy_band"] = Field(
+        "schedule", description="schedule: sigma falls in stages. entropy_band: it follows the policy's entropy."
+    )
+    sigma_start: PositiveFloat = Field(1e-2, description="Largest standard deviation, in units of the norm weights.")
+    sigma_end: PositiveFloat = Field(1e-3, description="Smallest one; the schedule falls to it by equal factors.")
     stages: int = Field(10, ge=2, description="Equal stages of the run; the first is silent (arXiv 2510.11696).")
     entropy_low: float = Field(0.1, ge=0, description="entropy_band: below this (nats a token) sigma rises.")
     entropy_high: PositiveFloat = Field(0.5, description="entropy_band: above this sigma falls.")
@@ -359,7 +369,7 @@ class AqnConfig(Section):
         if self.sigma_end > self.sigma_start:
             raise ValueError(f"sigma_end={self.sigma_end} is above sigma_start={self.sigma_start}; swap them")
         if self.entropy_low >= self.entropy_high:
-            raise ValueError(f"entropy_low={self.entropy_low} is not below entropy_high={self.entropy_high}")
+            raise ValueError(f"entropy_low={self.entropy_low} is not below entropy_high={self.entropy_high}; lower it")
         return self
 
 
@@ -367,10 +377,9 @@ class LogConfig(Section):
     """What is logged, and loggers beside metrics.jsonl."""
 
     quant_every: int = Field(10, ge=0, description="Measure quantisation errors (quant/*) every so many steps; 0: off.")
-
-    tensorboard: bool = False
+    tensorboard: bool = Field(False, description="Event files in tensorboard/ of the run directory.")
     rollout_groups: int = Field(2, ge=0, description="Groups of each step written to rollouts/step_N.jsonl.")
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="Weights & Biases.")
     wandb_project: str = "mxdist"
 
 
@@ -401,7 +410,8 @@ class ClusterConfig(Section):
 
 
 class DeadlineConfig(Section):
-    """Seconds that each named wait may take before the run stops and says who waited for whom."""
+    """Seconds that each named wait may take. After that the process that did not answer is replaced, or the run stops
+    and says who waited for whom."""
 
     start: PositiveSeconds = 300
     rollout: PositiveSeconds = 600
@@ -420,7 +430,7 @@ class DeadlineConfig(Section):
 class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
-    recipe: RecipeName = "mxfp4_mbs_of"
+    recipe: RecipeName = Field("mxfp4_mbs_of", description="What is quantised, and how.")
     recipe_overrides: tuple[RecipeOverride, ...] = Field((), description="Exceptions from recipe, in order.")
     bf16_layers: EdgeLayers = EdgeLayers()
     data: DataConfig = ArithmeticData()

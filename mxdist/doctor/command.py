@@ -45,7 +45,7 @@ def doctor(path: Path | None, settings: Sequence[str], gpu: str | None, json_wan
     if json_wanted:
         print(as_json(findings, estimate))
     else:
-        show(findings, estimate, sys.stdout, shutil.get_terminal_size((100, 24)).columns)
+        show(findings, estimate, sys.stdout, shutil.get_terminal_size((100, 24)).columns, here=gpu is None)
     return NOT_READY if any(finding.status == "would fail" for finding in findings) else READY
 
 

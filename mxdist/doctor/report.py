@@ -51,8 +51,12 @@ class Estimate:
         }
 
 
-def show(findings: Sequence[Finding], estimate: Estimate | None, stream: TextIO, width: int) -> None:
-    """Plain text of at most ``width`` columns, kept between 60 and 120."""
+def show(findings: Sequence[Finding], estimate: Estimate | None, stream: TextIO, width: int, here: bool = True) -> None:
+    """Plain text of at most ``width`` columns, kept between 60 and 120.
+
+    Args:
+        here: this machine was looked at, and not only whether the run fits on a named GPU.
+    """
     width = min(max(width, NARROWEST), WIDEST)
     for finding in findings:
         for line in lines_of(finding, width):
@@ -67,7 +71,8 @@ def show(findings: Sequence[Finding], estimate: Estimate | None, stream: TextIO,
             print(textwrap.fill(text, width), file=stream)
     print(file=stream)
     failing = sum(finding.status == "would fail" for finding in findings)
-    verdict = f"would not start here: {failing} to mend" if failing else "ready"
+    would_not, would = ("would not start here", "ready") if here else ("would not start", "it fits")
+    verdict = f"{would_not}: {failing} to mend" if failing else would
     print(verdict, file=stream, flush=True)
 
 
