@@ -40,7 +40,8 @@ class Preempted(RunStopped):
 
 
 class ProcessFailure(RunStopped):
-    """Processes of the run died or stopped answering. What can be replaced is, within ``run.restarts``."""
+    """Processes of the run died or stopped answering. The supervisor replaces what it can, within
+    ``run.restarts``."""
 
     def __init__(self, message: str, processes: tuple[str, ...]) -> None:
         super().__init__(message)

@@ -78,7 +78,7 @@ def model_settings(path: str) -> dict[str, Any]:
         raise UserError(f"{file} has no {error.args[0]}; it is not complete, fetch it again") from None
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         # text for a number, a list for an object
-        raise UserError(f"{file} holds a value of a kind that it cannot be ({error}); fetch it again") from None
+        raise UserError(f"{file} holds a value of the wrong kind ({error}); fetch it again") from None
 
 
 def _refuse_unsupported(found: Mapping[str, Any], file: Path) -> None:

@@ -5,8 +5,9 @@ one wins.
         manifest.json      every other file with its size and SHA-256; written last
         controller.json    the loop's state, and the versions of what wrote it
         config.yaml        every setting
+        recipes.json       which linear has which recipe, and what each recipe means
         ahead.*            batches sampled ahead of the learner and not yet trained on (``records``)
-        learner/           Megatron's distributed checkpoint, and the random state of each rank
+        learner/           the backend's checkpoint, the model's shape, and the random state of each rank
 
 A checksum tells damage, not malice; against malice ``model.checkpoint_reader`` opens what Megatron pickles.
 """
@@ -14,7 +15,6 @@ A checksum tells damage, not malice; against malice ``model.checkpoint_reader`` 
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,11 +23,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mxdist.errors import UserError
+from mxdist.observe.run_directory import CHECKPOINTS, LEARNER_FOLDER, checkpoint_folders
 
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "controller.json"
 AHEAD = "ahead"
-LEARNER_FOLDER = "learner"
 PARTIAL = ".partial"
 READERS = 4  # threads that compute checksums
 
@@ -69,7 +69,7 @@ class CheckpointStore:
             keep: older checkpoints than the newest so many are removed; 0 keeps all.
             keep_every: but never those of every so many steps; 0: no such ones.
         """
-        self._folder = run_dir / "checkpoints"
+        self._run_dir, self._folder = run_dir, run_dir / CHECKPOINTS
         self._keep = keep
         self._keep_every = keep_every
 
@@ -102,7 +102,7 @@ class CheckpointStore:
         for path in [*_files(partial), partial / LEARNER_FOLDER, partial]:
             _flush(path)
         final = self._folder / f"step_{state.step}"
-        if final.exists():  # damaged, or it would have been gone on from
+        if final.exists():  # damaged: a good one would have been continued from
             shutil.rmtree(final)
         os.rename(partial, final)
         _flush(self._folder)
@@ -124,8 +124,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        names = (re.fullmatch(r"step_(\d+)", path.name) for path in self._folder.glob("step_*"))
-        return sorted(int(name[1]) for name in names if name)
+        return list(checkpoint_folders(self._run_dir))
 
     def newest(self, note: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint whose files have their checksums; None when the run has no checkpoint at all.

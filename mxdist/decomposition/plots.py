@@ -1,4 +1,4 @@
-"""The plots, in one HTML file that needs nothing else: no network, no server. Colours are told apart by everybody."""
+"""The plots, in one HTML file that needs nothing else: no network, no server. Its colours suit the colour-blind too."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def html_text(report: Report) -> str:
         (
             "Effect of each correction",
             "NMSE by kind of tensor. Diamonds: deadzone and grid alone, which a quantiser with ideal real-valued "
-            "scales, one per block, would leave. The fallback, a second term, gets below.",
+            "scales, one per block, would leave. The fallback adds a second term, and so gets below them.",
             effect_of_corrections(report),
         ),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +15,7 @@ from mxdist.errors import UserError
 from mxdist.model.checkpoint_files import Region
 from mxdist.model.run_safetensors import open_run_weights
 from mxdist.model.run_weights import SHAPE_FILE
-from mxdist.observe.run_directory import CONFIG_FILE
-
-LEARNER_FOLDER = "learner"
+from mxdist.observe.run_directory import CHECKPOINTS, CONFIG_FILE, LEARNER_FOLDER, checkpoint_folders
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -55,14 +52,13 @@ class RunSource(Source):
 
 def is_run(path: Path) -> bool:
     """True for a run directory and for one checkpoint in it."""
-    return any((path / part).exists() for part in (CONFIG_FILE, "checkpoints", f"{LEARNER_FOLDER}/{SHAPE_FILE}"))
+    return any((path / part).exists() for part in (CONFIG_FILE, CHECKPOINTS, f"{LEARNER_FOLDER}/{SHAPE_FILE}"))
 
 
 def _learner_folder(path: Path) -> Path:
     if (path / LEARNER_FOLDER / SHAPE_FILE).is_file():
         return path / LEARNER_FOLDER
-    folders = (path / "checkpoints").glob("step_*")
-    steps = {int(match[1]): folder for folder in folders if (match := re.fullmatch(r"step_(\d+)", folder.name))}
-    if not steps:
+    folders = checkpoint_folders(path)
+    if not folders:
         raise UserError(f"the run {path} has no complete checkpoint yet; wait for one, or give another PATH")
-    return steps[max(steps)] / LEARNER_FOLDER
+    return folders[max(folders)] / LEARNER_FOLDER

@@ -15,6 +15,7 @@ from mxdist.decomposition.source import StoredTensor
 from mxdist.errors import UserError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+PACKED = "codes"  # of a linear as `mxdist export --form mxfp4` writes it
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.(.+)$")
 _OTHER_TOWERS = re.compile(r"vision|visual|audio|(?:^|\.)encoder\.")
@@ -57,7 +58,9 @@ def select(
     linears = [tensor for tensor, reason in reasons if reason is None]
     if not linears:
         seen = f"{len(tensors)} tensors, such as {tensors[0].name}" if tensors else "no tensor at all"
-        raise UserError(f"there is no linear of a decoder layer that a recipe would quantise among {seen}")
+        packed = any(tensor.name.endswith(f".{PACKED}") for tensor in tensors)
+        advice = "its weights are packed MXFP4; give the run, or a BF16 export" if packed else "give another checkpoint"
+        raise UserError(f"there is no linear of a decoder layer that a recipe would quantise among {seen}; {advice}")
     for glob in (*only, *skip):
         if not any(fnmatchcase(tensor.name, glob) for tensor in linears):
             raise UserError(

@@ -11,6 +11,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from mxdist import packages
 from mxdist.doctor.findings import Finding, failure, ok
 
 PACKAGES = (
@@ -33,13 +34,7 @@ DRIVER_OF_CUDA = {13: 580, 12: 525}  # oldest driver branch of a CUDA release's 
 
 def installed() -> dict[str, str]:
     """Versions of those of ``PACKAGES`` that are there."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return packages.installed(PACKAGES)
 
 
 def torch_wanted_by_vllm() -> str | None:

@@ -50,7 +50,7 @@ class Backend(ABC):
 
     @abstractmethod
     def names_of_reporting_rank(self, names: list[str]) -> list[str]:
-        """The ``names`` that the rank gives which reports on the sequences of this one."""
+        """The ``names`` of the rank that reports on this rank's sequences."""
 
     @abstractmethod
     def save(self, directory: Path) -> None:
@@ -113,7 +113,7 @@ def leave(config: Config) -> None:
 
 
 def _prepare_deepspeed() -> None:
-    """Before it is imported: what its launcher would set, and no word of its own about each step of its start."""
+    """Before DeepSpeed is imported: set what its launcher would set, and silence what it says while it starts."""
     import torch
 
     os.environ.setdefault("LOCAL_RANK", "0")

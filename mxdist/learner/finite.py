@@ -7,7 +7,7 @@ import torch
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
 
-FINITE = 1 << 31
+NO_RANK = 1 << 31  # more than any rank's number
 
 
 def first_not_finite(ddp: "DistributedDataParallel") -> str | None:
@@ -24,10 +24,10 @@ def first_not_finite(ddp: "DistributedDataParallel") -> str | None:
 
 def of_lowest_rank(name: str | None, device: torch.device) -> str | None:
     """What the lowest rank that has a ``name`` calls it, on all ranks; None when none has one. Collective."""
-    rank = torch.distributed.get_rank() if name is not None else FINITE
+    rank = torch.distributed.get_rank() if name is not None else NO_RANK
     lowest = torch.tensor(rank, device=device)
     torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
-    if int(lowest) == FINITE:
+    if int(lowest) == NO_RANK:
         return None
     shared = [name if rank == int(lowest) else ""]
     torch.distributed.broadcast_object_list(shared, int(lowest), device=device if device.type == "cuda" else None)

@@ -15,6 +15,8 @@ from mxdist.errors import UserError
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = "lock"
+CHECKPOINTS = "checkpoints"  # folder, of one folder "step_N" for each
+LEARNER_FOLDER = "learner"  # of each of these
 TOKENIZER = "tokenizer"  # folder; generation_config.json lies in it as well, if the model had one
 
 
@@ -103,6 +105,13 @@ def require_run(path: Path) -> None:
         raise UserError(f"{path} holds no run (no {CONFIG_FILE} in it); give the directory that 'mxdist train' made")
 
 
+def checkpoint_folders(run_dir: Path) -> dict[int, Path]:
+    """The folders of the complete checkpoints by step, ascending; those being written have other names."""
+    found = (re.fullmatch(r"step_(\d+)", path.name) for path in (run_dir / CHECKPOINTS).glob("step_*"))
+    steps = sorted(int(name[1]) for name in found if name)
+    return {step: run_dir / CHECKPOINTS / f"step_{step}" for step in steps}
+
+
 def new_directory(name: str) -> Path:
     """Make runs/<name>-<date>-<time>, which did not exist before, even when several runs start within one second."""
     stem = Path("runs").absolute() / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -136,7 +145,7 @@ def _lock(path: Path) -> int:
 def _refuse(path: Path, found: set[str]) -> None:
     if CONFIG_FILE not in found:
         raise UserError(f"run.dir={path} is not empty and holds no run; choose another run.dir")
-    if any(re.fullmatch(r"step_\d+", entry.name) for entry in (path / "checkpoints").glob("step_*")):
+    if checkpoint_folders(path):
         raise UserError(f"{path} holds a run; continue it with 'mxdist resume {path}', or choose another run.dir")
     os.close(_lock(path))  # still at work? then that is the message
     raise UserError(f"{path} holds a run without a checkpoint; choose another run.dir, or remove that directory")

@@ -1,7 +1,7 @@
-"""Drawing the next tokens: noise that belongs to (seed, position, word), so that a sample depends on nothing else.
+"""Drawing the next tokens: noise belongs to (seed, position, token), so that a sample depends on nothing else.
 
-Gumbel-max: the word with the largest z - log(E) is a draw from softmax(z), where z are the tempered logits and E an
-exponential variable for each word. E comes from the counter (word, position) of Philox with the sample's seed as its
+Gumbel-max: the token with the largest z - log(E) is a draw from softmax(z), where z are the tempered logits and E an
+exponential variable for each token. E comes from the counter (token, position) of Philox with the sample's seed as its
 key: no batch, worker or order of computation changes it, and a sample that is taken up again goes on where it was.
 Source: Salmon et al., SC 2011, for the counters; Maddison et al., "A* sampling" (NeurIPS 2014), for the maximum.
 """
@@ -12,8 +12,8 @@ from torch import Tensor
 from mxdist.quant.philox import philox
 
 PURPOSE = 3
-"""Of the random words, beside the purposes of quant.philox."""
-WORDS_PER_CALL = 4
+"""Of the random numbers, beside the purposes of quant.philox."""
+WORDS_PER_CALL = 4  # 32-bit words that Philox gives at a time: one for each token
 SMALL = 2.0**-8
 """Below it, -log(1 - u) is computed by its series: 1 - u would round the small values away."""
 LARGEST = 1 - 2.0**-24

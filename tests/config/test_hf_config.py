@@ -76,9 +76,9 @@ def test_a_key_that_contradicts_the_checkpoint_is_refused(tmp_path: Path) -> Non
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"quantization_config": {}}, "quantised already .* give the checkpoint in BF16"),
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
-        ({"architectures": "Qwen2ForCausalLM"}, "holds a value of a kind that it cannot be .architectures is"),
-        ({"rope_scaling": "yarn"}, r"config\.json holds a value of a kind that it cannot be"),
-        ({"num_attention_heads": 0}, r"config\.json holds a value of a kind that it cannot be"),
+        ({"architectures": "Qwen2ForCausalLM"}, "holds a value of the wrong kind .architectures is"),
+        ({"rope_scaling": "yarn"}, r"config\.json holds a value of the wrong kind"),
+        ({"num_attention_heads": 0}, r"config\.json holds a value of the wrong kind"),
     ],
 )
 def test_what_cannot_be_built_is_refused_by_name(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:

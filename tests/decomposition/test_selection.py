@@ -90,6 +90,8 @@ def test_globs_choose_among_the_linears() -> None:
         select(tensors, skip=["*"])
     with pytest.raises(UserError, match=r"among 1 tensors, such as lm_head.weight"):
         select([stored("lm_head.weight")])
+    with pytest.raises(UserError, match="its weights are packed MXFP4; give the run"):
+        select([stored("model.layers.0.mlp.up_proj.codes", dtype="U8")])
 
 
 @given(

@@ -264,6 +264,8 @@ def test_a_configuration_that_does_not_fit_the_named_gpu_fails(
     assert (said["ready"], said["memory"]["fits"]) == (False, False)
     assert said["memory"]["lever"]
     assert [finding["subject"] for finding in said["findings"] if finding["status"] == "would fail"] == ["memory"]
+    assert doctor(DENSE, settings[:1], "H200", json_wanted=False) == 0
+    assert capsys.readouterr().out.endswith("it fits\n")  # not "ready": this machine was not looked at
 
 
 def test_a_cache_smaller_than_a_sequence_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
