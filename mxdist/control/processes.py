@@ -193,8 +193,9 @@ def start_ray(config: Config) -> None:
         if wanted > have.get(kind, 0) + 1e-6:
             ray.shutdown()
             raise UserError(
-                f"the layout asks for {wanted:g} {kind}s but Ray has {have.get(kind, 0):g} free; lower learner.ranks, "
-                f"rollout.workers or their {kind.lower()}s, or add nodes"
+                f"the layout asks for {wanted:g} {kind}s but Ray has {have.get(kind, 0):g} free; lower "
+                f"learner.{kind.lower()}s_per_rank, rollout.{kind.lower()}s_per_worker or the number of processes, or "
+                f"add nodes"
             )
 
 

@@ -108,7 +108,7 @@ def table(ours: Speed, other: Speed) -> list[str]:
         for name in dict.fromkeys((*left, *right)):
             cells = (_cell(left.get(name), form), _cell(right.get(name), form), _cell(ratio.get(name), "{:.2f} x"))
             lines.append(_row(f"  {name}", *cells))
-    return lines
+    return [*lines, f"ratio: {ours.recipe} over {other.recipe}"]
 
 
 def _row(name: str, *cells: str) -> str:
