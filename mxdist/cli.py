@@ -174,6 +174,18 @@ def doctor(
 
 
 @app.command()
+def settings(
+    prefix: Annotated[
+        str, typer.Argument(metavar="[PREFIX]", help="Only keys that begin so, such as rollout or learner.zero.")
+    ] = "",
+) -> None:
+    """List the settings and their defaults."""
+    from mxdist.config.listing import listing
+
+    print("\n".join(listing(prefix, min(get_terminal_size((100, 24)).columns, 100))))
+
+
+@app.command()
 def export(
     run_dir: RunDir,
     out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="A new directory, or an empty one.")],

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from mxdist.config.schema import Config, Section
@@ -105,8 +106,7 @@ def known_keys() -> dict[str, list[str]]:
     keys: dict[str, list[str]] = {}
     for name, field in Config.model_fields.items():
         keys[name] = []
-        sections = [kind for kind in (field.annotation, *get_args(field.annotation)) if _is_section(kind)]
-        for section in sections:
+        for section in sections_of(field):
             for key in section.model_fields:
                 variants = keys.setdefault(f"{name}.{key}", [])
                 if field.discriminator:
@@ -114,7 +114,17 @@ def known_keys() -> dict[str, list[str]]:
     return keys
 
 
-def _is_section(kind: object) -> bool:
+def sections_of(field: FieldInfo) -> list[type[Section]]:
+    """The section that a field of ``Config`` is, or its variants; none for a setting at the top level."""
+    return [kind for kind in (field.annotation, *get_args(field.annotation)) if _is_section(kind)]
+
+
+def no_such_key(dotted: str) -> str:
+    """One sentence about a key, or a beginning of keys, that no configuration has."""
+    return f"there is no setting {dotted}; {_suggestion(dotted, {})}"
+
+
+def _is_section(kind: object) -> TypeGuard[type[Section]]:
     return isinstance(kind, type) and issubclass(kind, Section)
 
 

@@ -35,6 +35,8 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
+    """What a run is called, how long it is, and which of its checkpoints are kept."""
+
     name: str = Field("run", pattern=r"^[\w.-]+$", description="Names the default run directory and the loggers' run.")
     dir: Path | None = Field(None, description="Run directory; default runs/<name>-<date>-<time>.")
     seed: int = Field(0, ge=0, description="Every random draw of the run derives from it.")
@@ -268,6 +270,8 @@ class OptimizerConfig(Section):
 
 
 class LearnerConfig(Section):
+    """The processes that train, and how the model is divided over them."""
+
     backend: Literal["megatron", "deepspeed"] = Field(
         "megatron", description="megatron: any model and layout. deepspeed: dense models, data parallelism with ZeRO."
     )
@@ -297,6 +301,8 @@ class LearnerConfig(Section):
 
 
 class RolloutConfig(Section):
+    """The engines that sample answers (vLLM)."""
+
     workers: PositiveInt = Field(1, description="Engines.")
     tensor_parallel: PositiveInt = Field(
         1, description="Processes, on a GPU each, that share every matrix of an engine's layers."
@@ -348,7 +354,9 @@ class SyncConfig(Section):
 
 
 class RewardConfig(Section):
-    workers: PositiveInt = Field(1, description="Processes that score answers, on CPUs.")
+    """The processes that score answers."""
+
+    workers: PositiveInt = Field(1, description="On CPUs.")
 
 
 class AqnConfig(Section):
@@ -362,7 +370,7 @@ class AqnConfig(Section):
     stages: int = Field(10, ge=2, description="Equal stages of the run; the first is silent (arXiv 2510.11696).")
     entropy_low: float = Field(0.1, ge=0, description="entropy_band: below this (nats a token) sigma rises.")
     entropy_high: PositiveFloat = Field(0.5, description="entropy_band: above this sigma falls.")
-    gain: PositiveFloat = Field(1.25, gt=1, description="entropy_band: factor by which sigma rises or falls a step.")
+    gain: float = Field(1.25, gt=1, description="entropy_band: factor by which sigma rises or falls a step.")
 
     @model_validator(mode="after")
     def _ordered(self) -> "AqnConfig":
@@ -402,6 +410,8 @@ class GuardConfig(Section):
 
 
 class ClusterConfig(Section):
+    """Where Ray is."""
+
     address: str | None = Field(None, description="Ray cluster to join, such as auto; null starts one on this machine.")
     interface: str | None = Field(
         None,

@@ -51,7 +51,7 @@ def test_help_fits_the_terminal(command: tuple[str, ...], columns: int) -> None:
 def test_help_names_every_command_and_what_it_takes() -> None:
     listing = mxdist("--help", columns=60).stdout
     assert "..." not in listing.replace("[ARGS]...", "")  # each is summed up in a line
-    assert all(f"\n  {command} " in listing for command in ("train", "resume", "eval", "export"))
+    assert all(f"\n  {command} " in listing for command in ("train", "resume", "eval", "settings", "export"))
     assert "CONFIG" in mxdist("train", "--help").stdout
     assert "KEY=VALUE" in mxdist("train", "--help").stdout
     assert "RUN_DIR" in mxdist("resume", "--help").stdout
