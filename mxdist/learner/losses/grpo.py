@@ -7,7 +7,7 @@ from mxdist.learner.losses.clipped import clipped_surrogate, token_log_ratio
 
 
 def normalise_by_group(rewards: np.ndarray) -> np.ndarray:
-    """(reward - mean) / deviation within each group; zeros for a group whose rewards are all equal.
+    """(reward - mean) / standard deviation (of the group as the population) in each group; zeros where all are equal.
 
     Args:
         rewards: float [groups, samples].
