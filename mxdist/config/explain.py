@@ -25,6 +25,8 @@ EXPECTED = {
     "model_type": "a group of keys",
     "model_attributes_type": "a group of keys",
     "dict_type": "a group of keys",
+    "list_type": "a list",
+    "tuple_type": "a list",
     "none_required": "null",
 }
 
@@ -64,7 +66,8 @@ def _sentence(detail: ErrorDetails, values: dict[str, Any], origin: Origin) -> s
     if kind == "literal_error":
         return f"{shown} {_one_of(given, context['expected'])}"
     if kind in EXPECTED:
-        return f"{shown} must be {EXPECTED[kind]}"
+        chooser = next((key for section, key in default_tags() if section == dotted), None)
+        return f"{shown} must be {EXPECTED[kind]}" + (f"; did you mean {dotted}.{chooser}={given}?" if chooser else "")
     return f"{shown} {detail['msg'].replace('Input should', 'must').replace('String should', 'must')}"
 
 
