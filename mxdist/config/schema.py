@@ -42,7 +42,9 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, description="Every random draw of the run derives from it.")
     steps: PositiveInt = Field(100, description="Reinforcement-learning steps (optimizer updates of one batch).")
     eval_every: int = Field(0, ge=0, description="Evaluate every so many steps besides start and end; 0: only those.")
-    checkpoint_every: int = Field(0, ge=0, description="Checkpoint every so many steps besides start and end; 0: those.")
+    checkpoint_every: int = Field(
+        0, ge=0, description="Checkpoint every so many steps besides start and end; 0: no more."
+    )
     keep_checkpoints: int = Field(2, ge=0, description="Newest checkpoints that are kept; 0 keeps all.")
     keep_every: int = Field(0, ge=0, description="Checkpoints of every so many steps are kept as well; 0: no such.")
     restarts: int = Field(

@@ -105,7 +105,10 @@ def test_relative_data_paths_become_absolute_so_that_a_run_resumes_anywhere(
         ("reward.zzz=1", "unknown key reward.zzz (the command line); the keys of reward are workers"),
         ("run.seed.x=1", "unknown key run.seed.x (the command line): run.seed has no keys"),
         ("run=5", "run=5 (the command line) must be a group of keys"),
-        ("algorithm=dapo", "algorithm=dapo (the command line) must be a group of keys; did you mean algorithm.name=dapo?"),
+        (
+            "algorithm=dapo",
+            "algorithm=dapo (the command line) must be a group of keys; did you mean algorithm.name=dapo?",
+        ),
         ("recipe_overrides=3", "recipe_overrides=3 (the command line) must be a list"),
         ("run.steps=abc", "run.steps=abc (the command line) must be a whole number"),
         ("run.steps=1.5", "run.steps=1.5 (the command line) must be a whole number"),
