@@ -61,7 +61,7 @@ POINTERS = {
     "buffer": "*i16", "pieces": "*i64", "sums": "*i64",
     "h": "*bf16", "gradient": "*bf16", "filled": "*bf16", "cos": "*bf16", "sin": "*bf16", "logits": "*bf16",
     "places": "*i64", "tokens": "*i64", "shift": "*fp32",
-    "temperatures": "*fp32", "seeds": "*i64", "positions": "*i64", "found": "*fp32", "best_words": "*i32",
+    "temperatures": "*fp32", "seeds": "*i64", "positions": "*i64", "found": "*fp32", "best_tokens": "*i32",
     "drawn": "*i32", "logprobs": "*fp32",
 }  # fmt: skip
 NUMBERS = {
