@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import tests.interpreted  # noqa: F401  (before anything else imports Triton)
 from tests.model.ranks import RankProcesses
 
 
