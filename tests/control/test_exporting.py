@@ -106,12 +106,13 @@ def test_the_packed_form_in_vllm_answers_as_the_runs_engine(ranks: RankProcesses
                 assert torch.equal(stored.pop(name), torch.from_numpy(array)), name
     assert not stored
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = pool.submit(greedy_from_disk, tmp_path / "out", PROMPTS).result(240)
-    engine = EngineProcess(config, shape_of(model), tmp_path / "engine")
-    engine.load(payloads)
-    prompts = tuple(Prompt(str(index), tuple(tokens), "") for index, tokens in enumerate(PROMPTS))
-    result = engine.generate(RolloutRequest(0, prompts, SamplingSettings(1, 0.0, 12, 0), Noise(0.0, 0)))
-    engine.close()
+        from_disk = pool.submit(greedy_from_disk, tmp_path / "out", PROMPTS)
+        engine = EngineProcess(config, shape_of(model), tmp_path / "engine")  # starts meanwhile
+        engine.load(payloads)
+        prompts = tuple(Prompt(str(index), tuple(tokens), "") for index, tokens in enumerate(PROMPTS))
+        result = engine.generate(RolloutRequest(0, prompts, SamplingSettings(1, 0.0, 12, 0), Noise(0.0, 0)))
+        engine.close()
+        found = from_disk.result(240)
     assert found == [group.samples[0].tokens.tolist() for group in result.groups]
 
 

@@ -1,9 +1,16 @@
-"""A run of two learner ranks that broadcast weights to two engines: parity at every sync, whoever dies on the way."""
+"""Weights of several recipes, broadcast by two learner ranks to two engines: parity at every sync, whoever dies.
+
+One run shows both: what modules with recipes of their own need (printed, agreed on by both sides, watched) is none of
+the transport's business.
+"""
 
 import os
 import re
 import signal
+from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from mxdist.observe.ledger import Account, check_ledger
 from tests.e2e.command import metrics_of
@@ -13,6 +20,7 @@ from tests.e2e.test_interruptions import read_until, start
 STEPS = 5
 SETTINGS = [
     "sync.transport=broadcast",
+    'recipe_overrides=[{modules: "*.0.self_attn.*", recipe: bf16}, {modules: "*.down_proj", recipe: mxfp4_g4}]',
     "rollout.workers=2",
     "rollout.max_lag=1",
     f"run.steps={STEPS}",
@@ -25,8 +33,16 @@ SETTINGS = [
 ]
 
 
-def test_engines_and_learner_ranks_that_die_leave_a_run_that_broadcasts_its_weights_going(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
+@dataclass(frozen=True)
+class Done:
+    run_dir: Path
+    said: str
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """An engine dies, then a learner rank."""
+    run_dir = tmp_path_factory.mktemp("broadcast") / "run"
     process = start(run_dir, *SETTINGS)
     seen = read_until(process, "step 1/5")
     assert "weights go through broadcasts to all engines (gloo)" in seen
@@ -36,9 +52,24 @@ def test_engines_and_learner_ranks_that_die_leave_a_run_that_broadcasts_its_weig
     rest, _ = process.communicate(timeout=200)
     seen += rest
     assert process.returncode == 0, seen
-    assert "rollout worker 1 died during the" in seen
-    assert re.search(r"learner rank 1 died during the .*; restart", seen)
-    steps = metrics_of(run_dir)
+    return Done(run_dir, seen)
+
+
+def test_engines_and_learner_ranks_that_die_leave_a_run_that_broadcasts_its_weights_going(done: Done) -> None:
+    assert "rollout worker 1 died during the" in done.said
+    assert re.search(r"learner rank 1 died during the .*; restart", done.said)
+    steps = metrics_of(done.run_dir)
     assert steps[STEPS]["parity/checked_tensors"] > 0
     assert all(steps[step]["off_policy/staleness/max"] <= 1 for step in range(1, STEPS + 1))
-    assert check_ledger(run_dir, max_lag=1) == Account(steps=STEPS, trained=STEPS * 8, dropped=0)
+    assert check_ledger(done.run_dir, max_lag=1) == Account(steps=STEPS, trained=STEPS * 8, dropped=0)
+
+
+def test_recipes_by_module_name_are_those_of_both_sides_and_are_watched(done: Done) -> None:
+    lists = {line.split(": ")[1] for line in done.said.splitlines() if "linears in" in line}
+    assert lists == {"36 linears in mxfp4_mbs_of", "16 linears in mxfp4_g4"}
+    metrics = metrics_of(done.run_dir)
+    for kind in ("weights", "activations", "gradients"):  # watched in steps 1, 11, ...
+        nmse = metrics[1][f"quant/nmse/{kind}"]
+        # A model this fresh earns no reward: its gradients are zero, and so is what quantising them could lose.
+        assert nmse is None if kind == "gradients" else 0 < nmse < 0.1
+        assert f"quant/nmse/{kind}" not in metrics[2]

@@ -113,7 +113,7 @@ class Preempted:
 def preempted(tmp_path_factory: pytest.TempPathFactory) -> Preempted:
     """A rank hangs, an engine stops answering, the disk is full, and then SIGTERM."""
     run_dir = tmp_path_factory.mktemp("preempted") / "run"
-    short = [f"deadlines.{wait}=15" for wait in ("rollout", "update", "sync", "checkpoint")]
+    short = [f"deadlines.{wait}=10" for wait in ("rollout", "update", "sync", "checkpoint")]
     process = start(run_dir, *SETTINGS, "run.checkpoint_every=1", *short)
     read_until(process, "step  1/12")
     _stop(process, run_dir, "learner_rank_1")

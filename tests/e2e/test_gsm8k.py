@@ -22,9 +22,9 @@ def test_a_short_run_on_files_in_the_form_of_gsm8k(tmp_path: Path) -> None:
     held_out = write_problems(tmp_path / "test.jsonl", 20, 1000)
     settings = [
         "run.steps=2",
-        "warm_start.steps=30",
+        "warm_start.steps=4",
         "data.vocab_size=400",
-        "rollout.max_new_tokens=64",
+        "rollout.max_new_tokens=32",
         "data.eval_problems=8",
     ]
     run_dir = tmp_path / "run"

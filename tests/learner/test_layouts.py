@@ -29,7 +29,9 @@ LAYOUTS = {
     "TP2 EP2": {"tensor_parallel": 2, "expert_parallel": 2},
     "PP2": {"pipeline_parallel": 2, "expert_parallel": 1},
 }
+ALIKE = "qwen3_moe, not normalised"  # in all but the router, which knows of no layout but that of experts
 CASES = [(model, layout) for model in MODELS for layout in LAYOUTS if "moe" in model or "EP" not in layout]
+CASES = [(model, layout) for model, layout in CASES if model != ALIKE or layout == "EP2"]
 SEQUENCES = [np.random.default_rng(0).integers(3, 40, length) for length in (17, 3, 9, 1)]
 EXACT = {"recipe": "bf16", "optimizer": {"clip_grad": 1e9}}
 

@@ -14,10 +14,7 @@ from tests.model.ranks import DENSE, RankProcesses, shape_of
 from tests.rollout.engine_process import EngineProcess
 
 WIDE = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 128, "rope_theta": 1e4, "initializer_range": 0.2}
-MODELS = {
-    "qwen2": DENSE.model_copy(update=WIDE | {"family": "qwen2", "tie_word_embeddings": True}),
-    "qwen3": DENSE.model_copy(update=WIDE),
-}
+QWEN2 = DENSE.model_copy(update=WIDE | {"family": "qwen2", "tie_word_embeddings": True})
 PROMPTS = tuple(Prompt(f"train-{i}", (1, *[3 + (5 * i + j * j) % 30 for j in range(4 + i)]), "") for i in range(8))
 LENGTH, ANSWER = 24, 12
 
@@ -52,10 +49,8 @@ def differences(ranks: RankProcesses, model: ModelConfig, recipe: str, folder: P
     return (scored - rollout)[mask]
 
 
-@pytest.mark.parametrize(
-    ("family", "recipe", "most"), [("qwen2", "bf16", 2e-5), ("qwen3", "mxfp4_mbs_of", 1e-3)], ids=["qwen2", "qwen3"]
-)
-def test_log_probabilities_agree(ranks: RankProcesses, tmp_path: Path, family: str, recipe: str, most: float) -> None:
-    found = np.abs(differences(ranks, MODELS[family], recipe, tmp_path))
+def test_log_probabilities_agree(ranks: RankProcesses, tmp_path: Path) -> None:
+    """Without quantisers, which would hide small differences; tests/e2e/test_commands.py has them, and experts."""
+    found = np.abs(differences(ranks, QWEN2, "bf16", tmp_path))
     assert len(found) > 60
-    assert found.max() < most
+    assert found.max() < 2e-5

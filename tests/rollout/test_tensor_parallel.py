@@ -55,6 +55,10 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         process.close()
 
 
+only_qwen2 = pytest.mark.parametrize("engine", ["qwen2-mxfp4_of"], indirect=True)
+
+
+@only_qwen2
 def test_an_error_that_nobody_foresaw_is_told_with_its_traceback_and_the_next_call_has_its_own_answers(
     engine: EngineProcess,
 ) -> None:
@@ -106,6 +110,7 @@ def test_a_flipped_bit_in_one_process_is_in_the_checksum_of_both(engine: EngineP
         assert combine(engine.run(in_each_process, codes_sum, f"{name}.weight", 1)) == before
 
 
+@only_qwen2
 def test_noise_is_the_same_in_both_processes_and_gone_afterwards(engine: EngineProcess) -> None:
     sync(engine, seed=1, version=1)
     clean, noise = answers(engine.generate(request_of())), Noise(0.05, 5)
@@ -117,6 +122,7 @@ def test_noise_is_the_same_in_both_processes_and_gone_afterwards(engine: EngineP
     assert answers(engine.generate(request_of())) == clean
 
 
+@only_qwen2
 def test_a_refused_load_is_named_as_by_one_process_and_leaves_the_old_weights(engine: EngineProcess) -> None:
     sync(engine, seed=1, version=1)
     before = answers(engine.generate(request_of()))
@@ -129,6 +135,7 @@ def test_a_refused_load_is_named_as_by_one_process_and_leaves_the_old_weights(en
     assert result.groups[0].policy_version == 1
 
 
+@only_qwen2
 def test_both_processes_go_on_with_weights_that_come_in_flight_and_keep_their_noise(engine: EngineProcess) -> None:
     sync(engine, seed=2, version=2)
     whole = answers(engine.generate(request_of(Noise(0.05, 5))))
@@ -142,13 +149,13 @@ def test_both_processes_go_on_with_weights_that_come_in_flight_and_keep_their_no
     assert answers(engine.generate(request_of(Noise(0.05, 5)))) == whole
 
 
-@pytest.mark.parametrize("engine", ["qwen2-mxfp4_of"], indirect=True)
+@only_qwen2
 def test_a_vocabulary_that_cannot_be_halved_is_named_with_one_that_can(engine: EngineProcess) -> None:
     with pytest.raises(UserError, match=r"has 100 rows; set model\.vocab_size=128"):
         engine.run(check_vocabulary, 100)
 
 
-@pytest.mark.parametrize("engine", ["qwen2-mxfp4_of"], indirect=True)
+@only_qwen2
 def test_an_engine_goes_with_a_process_of_it_that_dies(engine: EngineProcess) -> None:
     first, second = engine.run(in_each_process, process_id)
     os.kill(second, signal.SIGKILL)
