@@ -10,13 +10,26 @@ fi
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-# Fast ones first: a mistake in a formula should not wait for Ray to start.
-order=(config quant tasks observe decomposition cli aqn sync gpu doctor model learner rollout control launch e2e)
+# Fast ones first: a mistake in a formula should not wait for Ray to start. Two lanes, each of which leaves a core idle
+# much of the time, run side by side; what has deadlines of seconds or runs the whole system has the machine to itself.
+# One thread each: threads of two processes that wait for each other actively would take the cores from one another.
+one=(config quant tasks observe aqn gpu rollout)
+other=(decomposition cli sync doctor model learner)
+alone=(control launch e2e)
 for folder in tests/*/; do
     name=$(basename "$folder")
-    if [[ $name != __pycache__ && " ${order[*]} " != *" $name "* ]]; then
-        echo "tools/test.sh: tests/$name would not be run; give it a place in the order" >&2
+    if [[ $name != __pycache__ && " ${one[*]} ${other[*]} ${alone[*]} " != *" $name "* ]]; then
+        echo "tools/test.sh: tests/$name would not be run; give it a place in a lane" >&2
         exit 1
     fi
 done
-exec "$venv/bin/python" -m pytest "${order[@]/#/tests/}"
+said=$(mktemp)
+trap 'kill $(jobs -p) 2>/dev/null; rm -f "$said"' EXIT
+code=0
+OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest "${one[@]/#/tests/}" >"$said" 2>&1 &
+OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest "${other[@]/#/tests/}" || code=$?
+wait $! || code=$?
+cat "$said"
+"$venv/bin/python" -m pytest "${alone[@]/#/tests/}" || code=$?
+[ "$code" = 0 ] || echo "tools/test.sh: tests failed; the summaries above say which" >&2
+exit "$code"
