@@ -305,7 +305,7 @@ class Meeting:
     transfer: float  # seconds that a bucket may take then
 
 
-Transport = Literal["host", "ipc"] | Meeting
+Transport = Literal["host", "delta", "ipc"] | Meeting
 """How the payloads of one version travel; a meeting: they are broadcast there."""
 
 
@@ -318,6 +318,19 @@ class BroadcastBuckets:
 
 
 @dataclass(frozen=True)
+class ChangedBlocks:
+    """What differs in a rank's buckets from an earlier version of them; see ``sync.changes``."""
+
+    base: str  # ``WeightPayload.key`` of that version
+    places: tuple[np.ndarray | None, ...]  # of each bucket, int32 [changed]: the numbers of its blocks; None: all
+    blocks: tuple[np.ndarray, ...]  # uint8 [changed, 16]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in (*self.places, *self.blocks) if array is not None)
+
+
+@dataclass(frozen=True)
 class WeightPayload:
     """The tensors one learner rank owns; the payloads of all ranks together are the whole model."""
 
@@ -325,18 +338,22 @@ class WeightPayload:
     recipes: dict[str, object]  # ModelRecipes.to_dict(); an engine with others refuses the payload
     manifest: Manifest = field(repr=False)
     checksums: np.ndarray = field(repr=False)  # uint64 [len(manifest.checked)], of what the learner computes with
-    buckets: tuple[np.ndarray, ...] | SharedBuckets | BroadcastBuckets = field(repr=False)  # uint8 [nbytes] each
+    buckets: tuple[np.ndarray, ...] | ChangedBlocks | SharedBuckets | BroadcastBuckets = field(
+        repr=False
+    )  # uint8 [nbytes] each
     seconds: float = 0.0  # that the rank took to make it
+    key: str = ""  # names these bytes, in the whole run, where later payloads may say what changed since; else empty
 
     @property
     def nbytes(self) -> int:
-        return self.manifest.nbytes
+        """That have to travel."""
+        return self.buckets.nbytes if isinstance(self.buckets, ChangedBlocks) else self.manifest.nbytes
 
     @property
     def entries(self) -> tuple[TensorEntry, ...]:
-        """Tensor by tensor, on the memory of the buckets. ValueError when those stayed with the learner."""
+        """Tensor by tensor, on the memory of the buckets. ValueError when those are not all here."""
         if not isinstance(self.buckets, tuple):
-            raise ValueError(f"the buckets are with {self.buckets.owner}")
+            raise ValueError(f"the buckets are not in the payload, but only {type(self.buckets).__name__}")
         sums = iter(self.checksums.tolist())
         dtypes = [BUCKET_DTYPES[bucket.kind] for bucket in self.manifest.buckets]
         entries = []

@@ -340,12 +340,14 @@ class RolloutConfig(Section):
 class SyncConfig(Section):
     """How new weights come from the learner to the engines."""
 
-    transport: Literal["auto", "host", "ipc", "broadcast"] = Field(
+    transport: Literal["auto", "host", "delta", "ipc", "broadcast"] = Field(
         "auto",
         description="ipc: engines copy from buckets that stay on the learner's GPUs, rollout.max_lag + 1 versions of "
         "them (CUDA IPC; GPUs of one host). broadcast: the learner's ranks send such buckets to all engines at once "
-        "(NCCL, a GPU for each process; gloo on CPUs). host: through Ray's object store, over any network. auto: ipc "
-        "on a machine where it works, broadcast between machines with whole GPUs, otherwise host.",
+        "(NCCL, a GPU for each process; gloo on CPUs). host: through Ray's object store, over any network. delta: as "
+        "host, but only blocks of 16 bytes that changed since the version before; learner and engines keep the bytes "
+        "of versions to compare with. auto: ipc on a machine where it works, broadcast between machines with whole "
+        "GPUs, otherwise host.",
     )
     update: Literal["drained", "in_flight"] = Field(
         "drained",

@@ -107,27 +107,39 @@ class RolloutPool:
         Args:
             again: finds those that serve when the weights have to be given once more, where ``payloads`` serve once.
         """
-        doing = f"sync of weights version {version}"
-        calls = []
-        for worker in self._workers:
-            found = itertools.chain([lambda: payloads], itertools.repeat(again or (lambda: payloads)))
-            calls.append(worker.call(partial(_load_weights, doing=doing, found=found), "weights"))
-        return calls
+        return self._load(payloads, again, f"sync of weights version {version}", "load_weights")
 
-    def load_weights_in_flight(self, payloads: Sequence["ray.ObjectRef"], version: int) -> list[Call]:
+    def load_weights_in_flight(
+        self,
+        payloads: Sequence["ray.ObjectRef"],
+        version: int,
+        again: Callable[[], Sequence["ray.ObjectRef"]] | None = None,
+    ) -> list[Call]:
         """As ``load_weights``, but a worker that is sampling when they come goes on with them.
 
         They are offered at once, and in their turn loaded by a worker that has not taken them: so what is sampled
         after a sync is sampled with its weights or later ones. A process that takes the place of one that died is not
         offered them, and loads them in their turn.
         """
-        doing, ticket = f"sync of weights version {version}", next(self._tickets)
+        ticket = next(self._tickets)
         for worker in self._workers:
             worker.aside(lambda process: process.call_aside("offer_weights", payloads, ticket))
-        return [
-            worker.call(lambda process: process.call_with_list(doing, "load_offered", payloads, ticket), "weights")
-            for worker in self._workers
-        ]
+        return self._load(payloads, again, f"sync of weights version {version}", "load_offered", ticket)
+
+    def _load(
+        self,
+        payloads: Sequence["ray.ObjectRef"],
+        again: Callable[[], Sequence["ray.ObjectRef"]] | None,
+        doing: str,
+        method: str,
+        *arguments: int,
+    ) -> list[Call]:
+        calls = []
+        for worker in self._workers:
+            found = itertools.chain([lambda: payloads], itertools.repeat(again or (lambda: payloads)))
+            send = partial(_load_weights, doing=doing, found=found, method=method, arguments=arguments)
+            calls.append(worker.call(send, "weights"))
+        return calls
 
     def generate(
         self, step: int, prompts: Sequence[Prompt], sampling: SamplingSettings, noise: Noise, doing: str
@@ -170,8 +182,14 @@ class RolloutPool:
         return next(filter(None, self.wait(calls, deadline, "start")), None)
 
 
-def _load_weights(process: Process, doing: str, found: Iterator[Callable[[], Sequence["ray.ObjectRef"]]]) -> Pending:
-    return process.call_with_list(doing, "load_weights", next(found)())
+def _load_weights(
+    process: Process,
+    doing: str,
+    found: Iterator[Callable[[], Sequence["ray.ObjectRef"]]],
+    method: str,
+    arguments: tuple[int, ...],
+) -> Pending:
+    return process.call_with_list(doing, method, next(found)(), *arguments)
 
 
 def _generate(process: Process, doing: str, request: RolloutRequest) -> Pending:

@@ -46,7 +46,7 @@ class System:
     rewards: RewardPool
     supervisor: Supervisor
     placement: LearnerPlacement
-    transport: Literal["host", "ipc"] | Meetings  # of weight syncs
+    transport: Literal["host", "delta", "ipc"] | Meetings  # of weight syncs
 
     def restart_learners(self, goes_on: bool) -> None:
         """Replace every learner rank; what the other processes have under way is of no interest any more.
@@ -161,7 +161,7 @@ def _agree_on_transport(
     learners: LearnerGroup,
     pool: RolloutPool,
     console: Console,
-) -> Literal["host", "ipc"] | Meetings:
+) -> Literal["host", "delta", "ipc"] | Meetings:
     places = {f"learner rank {report.rank}": report.device for report in reports}
     places |= {f"rollout worker {index}": report.device for index, report in enumerate(engines)}
     broadcasts = broadcast_lacks(config) is None
@@ -174,6 +174,7 @@ def _agree_on_transport(
         console.note(f"GPUs cannot share memory here: {refusal}")
     through = {
         "host": "Ray's object store",
+        "delta": "Ray's object store, as blocks that changed since the version before",
         "ipc": "buckets on the learner's GPUs (CUDA IPC)",
         "broadcast": f"broadcasts to all engines ({'NCCL' if reports[0].device.on_gpu else 'gloo'})",
     }[transport]

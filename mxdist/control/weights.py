@@ -36,7 +36,11 @@ class WeightSync:
     """
 
     def __init__(
-        self, learners: LearnerGroup, pool: RolloutPool, transport: Literal["host", "ipc"] | Meetings, config: Config
+        self,
+        learners: LearnerGroup,
+        pool: RolloutPool,
+        transport: Literal["host", "delta", "ipc"] | Meetings,
+        config: Config,
     ) -> None:
         self._learners = learners
         self._pool = pool
@@ -49,17 +53,15 @@ class WeightSync:
     def push(self, version: int) -> None:
         """Start the sync of ``version``."""
         started = time.monotonic()
-        if isinstance(self._transport, Meetings):
-            payloads = self._learners.export(version, self._transport.call())
+        transport = self._transport.call() if isinstance(self._transport, Meetings) else self._transport
+        payloads = self._learners.export(version, transport)
 
-            @cache  # for all engines that missed it
-            def again() -> Sequence["ray.ObjectRef"]:
-                return self._learners.export_again(version)
+        @cache  # for all engines that missed it
+        def again() -> Sequence["ray.ObjectRef"]:
+            return self._learners.export_again(version)
 
-            loads = self._pool.load_weights([call.ref for call in payloads], version, again)
-        else:
-            payloads = self._learners.export(version, self._transport)
-            loads = self._load([call.ref for call in payloads], version)
+        serve_once = transport not in ("host", "ipc")
+        loads = self._load([call.ref for call in payloads], version, again if serve_once else None)
         self._open.append(_Push(version, payloads, loads, started))
 
     def check_through(self, version: int) -> dict[str, float]:

@@ -82,8 +82,9 @@ def check_disk(free: int, writable: bool, folder: Path, config: Config | None) -
 
 
 def check_host_memory(available: int, config: Config) -> Finding:
-    """Host memory of a run on GPUs: the weights on their way to the engines."""
-    size = SYNC_COPIES * sync_bytes(config)
+    """Host memory of a run on GPUs: the weights on their way to the engines, and those that engines keep there."""
+    kept = config.rollout.workers * config.rollout.tensor_parallel if config.sync.transport == "delta" else 0
+    size = (SYNC_COPIES + kept) * sync_bytes(config)
     shown = f"{available / GIB:.1f} GiB available; a weight sync takes {size / GIB:.2f} GiB"
     if size > available:
         return failure("host memory", shown, "use a machine with more memory")

@@ -93,7 +93,7 @@ def _learner_stage(config: Config, stage: int, on_gpu: bool) -> ProcessMemory:
         "logits, or a layer": passing,
         # Done when no activations are held, so only what goes beyond them counts.
         "requantising": max(0, _requantising(numbers, element, on_gpu) - activations - passing),
-        "weights on their way": _buckets(config, numbers) if on_gpu else 0,
+        "weights on their way": _buckets(config, numbers) if on_gpu or config.sync.transport == "delta" else 0,
         "work space": (CUDA_CONTEXT if on_gpu else CPU_SCRATCH if numbers.quantised else 0),
     }
     name = "learner rank" if learner.pipeline_parallel == 1 else f"learner rank, stage {stage}"
@@ -101,8 +101,10 @@ def _learner_stage(config: Config, stage: int, on_gpu: bool) -> ProcessMemory:
 
 
 def _buckets(config: Config, numbers: Numbers) -> int:
-    """What a sync's buckets take on the GPU of the rank that sends the most: one that others leave it to."""
-    versions = 1 if config.sync.transport == "host" else config.rollout.max_lag + 1
+    """What a sync's buckets take of the memory of the rank that sends the most: one that others leave it to."""
+    versions = {"host": 1, "delta": max(2, config.rollout.max_lag + 1)}.get(
+        config.sync.transport, config.rollout.max_lag + 1
+    )
     held = (numbers.total - numbers.quantised) * element_bytes(config) + numbers.packed_bytes
     if config.learner.backend == "deepspeed":  # ranks take turns
         return versions * held // config.learner.ranks
@@ -165,6 +167,8 @@ def engine_memory(config: Config, on_gpu: bool) -> ProcessMemory:
     }
     if _may_broadcast(config, on_gpu):  # every process receives all of them, before any is written
         items["weights received"] = sync_bytes(config)
+    if config.sync.transport == "delta" and not on_gpu:
+        items["weights to lay changes over"] = sync_bytes(config)
     return ProcessMemory("rollout engine", rollout.workers * divided, items, AWAKE)
 
 

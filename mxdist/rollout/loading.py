@@ -16,12 +16,21 @@ import torch
 from torch import Tensor
 
 from mxdist.errors import ParityError
-from mxdist.messages import BroadcastBuckets, BucketKind, Manifest, SharedBuckets, TensorPlace, WeightPayload
+from mxdist.messages import (
+    BroadcastBuckets,
+    BucketKind,
+    ChangedBlocks,
+    Manifest,
+    SharedBuckets,
+    TensorPlace,
+    WeightPayload,
+)
 from mxdist.model.recipes import ModelRecipes
 from mxdist.quant.checksum import Spans, checksums
 from mxdist.rollout.live_weight import LiveWeight
 from mxdist.rollout.slot import Slot
 from mxdist.sync.broadcast import Incoming, Receiver
+from mxdist.sync.changes import KeptBuckets
 from mxdist.sync.checks import DTYPES, all_finite, bucket_sums, summable, sums_of_bucket, typed, unit_of
 from mxdist.sync.layout import VALUES
 from mxdist.sync.payload import PartSums, as_tensor, refuse_repeats
@@ -125,6 +134,7 @@ class WeightLoader:
         self._plan: _Plan | None = None
         self._mappings = Mappings(device.index or 0) if device.type == "cuda" else None
         self._receiver = Receiver(device)
+        self._kept = KeptBuckets()
 
     def checked(self, payloads: Sequence[WeightPayload]) -> Arrived:
         """Hold a whole set of weights against the slots and against its own checksums. Nothing is written.
@@ -134,7 +144,7 @@ class WeightLoader:
                 unknown or sent twice; wrong kind, shape, parts or dtype; a NaN or Inf; bytes that changed on their
                 way).
             ProcessDied, RunStopped: see ``Mappings.open``.
-            SyncInterrupted: see ``Receiver``.
+            SyncInterrupted: see ``Receiver`` and ``KeptBuckets``.
         """
         started = time.perf_counter()
         _check_headers(payloads, self._recipes)
@@ -143,6 +153,7 @@ class WeightLoader:
         if self._plan is None or (self._plan.manifests, self._plan.values) != (manifests, values):
             self._plan = None  # it is large
             self._plan = _make_plan(manifests, values, self._slots)
+        payloads = self._kept.whole(payloads)
         buckets = _Buckets(payloads, self._device, self._mappings, self._receiver)
         _check_bytes(payloads, self._plan, buckets)
         return Arrived(payloads, self._plan, buckets, time.perf_counter() - started)
@@ -220,17 +231,19 @@ class _Buckets:
         for meeting in meetings:
             receiver.meet(meeting)
         for payload in payloads:
-            if isinstance(payload.buckets, BroadcastBuckets):
-                self._held.append(receiver.buckets(payload.buckets, payload.manifest))
-            elif not isinstance(payload.buckets, SharedBuckets):
-                self._held.append(payload.buckets)
+            buckets = payload.buckets
+            assert not isinstance(buckets, ChangedBlocks)
+            if isinstance(buckets, BroadcastBuckets):
+                self._held.append(receiver.buckets(buckets, payload.manifest))
+            elif not isinstance(buckets, SharedBuckets):
+                self._held.append(buckets)
             elif mappings is None:
                 raise ParityError(
-                    f"the weights stayed on the GPU of {payload.buckets.owner}, and this engine has none; set "
+                    f"the weights stayed on the GPU of {buckets.owner}, and this engine has none; set "
                     f"sync.transport=host"
                 )
             else:
-                self._held.append(mappings.open(payload.buckets, payload.version))
+                self._held.append(mappings.open(buckets, payload.version))
 
     def raw(self, payload: int, bucket: int) -> Tensor:
         """uint8 [bytes]."""

@@ -148,9 +148,11 @@ class RolloutWorker:
     def load_offered(self, ticket: int, payloads: list[WeightPayload]) -> "PartSums":
         """What came of the weights when they were taken in flight; otherwise as ``load_weights``, as are the errors."""
         outcome = self._arrivals.close(ticket)
+        if outcome is None or isinstance(outcome, SyncInterrupted):
+            return self.load_weights(payloads)
         if isinstance(outcome, Exception):
             raise outcome
-        return self.load_weights(payloads) if outcome is None else outcome
+        return outcome
 
     def generate(self, request: RolloutRequest) -> RolloutResult:
         """Sample ``samples_per_prompt`` answers to each prompt, under the request's noise.

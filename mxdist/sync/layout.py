@@ -19,6 +19,7 @@ VALUES = "values"
 BUCKET_BYTES = 256 << 20
 """Most bytes of a bucket, unless one part alone has more."""
 ALIGNMENT = 16
+"""Bytes: parts begin, and buckets end, at multiples of it."""
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -64,12 +65,12 @@ def arrange(outlines: Iterable[Outline], bucket_bytes: int = BUCKET_BYTES) -> Ma
         for part, (kind, shape) in outline.parts.items():
             size = prod(shape) * BUCKET_DTYPES[kind].itemsize
             number = latest.get((part, kind))
-            start = 0 if number is None else -(-buckets[number].nbytes // ALIGNMENT) * ALIGNMENT
+            start = 0 if number is None else buckets[number].nbytes
             if number is None or start + size > bucket_bytes:
                 number, start = len(buckets), 0
                 latest[part, kind] = number
                 buckets.append(Bucket(kind, 0))
-            buckets[number] = Bucket(kind, start + size)
+            buckets[number] = Bucket(kind, -(-(start + size) // ALIGNMENT) * ALIGNMENT)
             parts[part] = PartPlace(number, start, tuple(shape))
         tensors.append(TensorPlace(outline.name, outline.kind, outline.shape, parts, outline.checked))
     return Manifest(tuple(tensors), tuple(buckets))

@@ -1,6 +1,7 @@
 """The sending side of a weight sync: buckets on the learner's device, filled in few operations, and what is sent.
 
 host        the bytes, in numpy arrays that Ray carries through its object store; from a GPU over pinned memory
+delta       of those bytes the blocks that are not as in the version before (``changes``); at first all
 ipc         handles of buckets that stay on the GPU (``shared``)
 a meeting   its name: the buckets stay, and are broadcast from there (``broadcast``)
 """
@@ -15,8 +16,17 @@ import torch
 from torch import Tensor
 
 from mxdist.errors import RunStopped
-from mxdist.messages import BroadcastBuckets, Manifest, Meeting, SharedBuckets, Transport, WeightPayload
+from mxdist.messages import (
+    BroadcastBuckets,
+    ChangedBlocks,
+    Manifest,
+    Meeting,
+    SharedBuckets,
+    Transport,
+    WeightPayload,
+)
 from mxdist.sync.broadcast import Sender
+from mxdist.sync.changes import changed_blocks
 from mxdist.sync.checks import bucket_sums, sums_of_bucket
 from mxdist.sync.shared import handle_of
 
@@ -29,6 +39,7 @@ class _Buckets:
 
     tensors: list[Tensor]  # uint8 [bytes] each, on the device
     stamp: Tensor  # int64 [1]: the version they hold
+    key: str = ""  # names what they hold, see ``WeightPayload``
     handles: tuple[bytes, ...] = ()
     stamp_handle: bytes = b""
     payload: WeightPayload | None = None  # that was made of them last
@@ -40,7 +51,7 @@ class Outgoing:
     Args:
         device: where they are filled.
         owner: the rank, in words.
-        keep: how many versions engines may still ask for when buckets stay here.
+        keep: how many versions engines may still ask for when buckets stay here, or when they are sent parts of them.
     """
 
     def __init__(self, device: torch.device, owner: str, keep: int) -> None:
@@ -48,6 +59,7 @@ class Outgoing:
         self._owner, self._keep, self._process = owner, keep, uuid.uuid4().hex
         self._sender = Sender(device, owner)
         self._ring: list[_Buckets] = []
+        self._before: _Buckets | None = None  # what a delta starts from
         self._pinned: list[Tensor] = []
         self._count = 0
 
@@ -55,15 +67,16 @@ class Outgoing:
         """Buckets to be filled: new ones on a CPU, on a GPU those that have been used the longest ago."""
         self._started = time.perf_counter()
         self._manifest, self._transport = manifest, transport
-        slots = 1 if transport == "host" else self._keep
+        slots = 1 if transport == "host" else max(2, self._keep) if transport == "delta" else self._keep
         if self.device.type == "cpu":
             self._buckets = self._new()
-            self._ring = [*self._ring, self._buckets][-slots:] if isinstance(transport, Meeting) else []
+            self._ring = [] if transport in ("host", "ipc") else [*self._ring, self._buckets][-slots:]
         else:
             if len(self._ring) < slots:
                 self._ring.append(self._new())
             self._buckets = self._ring[self._count % slots]
-            self._count += 1
+        self._count += 1
+        self._buckets.key = f"{self._process}/{self._count}"
         self._buckets.stamp.fill_(-1)
         return self._buckets.tensors
 
@@ -79,18 +92,13 @@ class Outgoing:
         if sums:
             positions = np.concatenate([of_bucket.positions for of_bucket in wanted])
             checksums[positions] = torch.cat(sums).cpu().numpy().view(np.uint64)  # waits for all that went before
-        buckets: SharedBuckets | BroadcastBuckets | tuple[np.ndarray, ...]
-        if isinstance(self._transport, Meeting):
-            if found.tensors:
-                self._sender.send(self._transport, found.tensors)
-            buckets = BroadcastBuckets(self._owner, self._transport)
-        else:
-            buckets = self._shared() if self._transport == "ipc" else self._on_host(found)
+        buckets = self._send(found)
         seconds = time.perf_counter() - self._started
         for kept in self._ring:  # after a roll-back versions come again, with other weights
             if kept.payload is not None and kept.payload.version >= version:
                 kept.payload = None
-        found.payload = WeightPayload(version, recipes, self._manifest, checksums, buckets, seconds)
+        key = found.key if self._transport == "delta" else ""
+        found.payload = WeightPayload(version, recipes, self._manifest, checksums, buckets, seconds, key)
         return found.payload
 
     def again(self, version: int) -> WeightPayload:
@@ -102,6 +110,19 @@ class Outgoing:
             f"an engine has to be given weights version {version} again, which {self._owner} no longer holds; set "
             f"sync.transport=host, which keeps every version until it is loaded"
         )
+
+    def _send(self, found: _Buckets) -> tuple[np.ndarray, ...] | ChangedBlocks | SharedBuckets | BroadcastBuckets:
+        """What a payload brings of these buckets."""
+        if isinstance(self._transport, Meeting):
+            if found.tensors:
+                self._sender.send(self._transport, found.tensors)
+            return BroadcastBuckets(self._owner, self._transport)
+        if self._transport == "ipc":
+            return self._shared()
+        if self._transport == "host":
+            return self._on_host(found)
+        before, self._before = self._before, found
+        return self._on_host(found) if before is None else changed_blocks(before.key, before.tensors, found.tensors)
 
     def _new(self) -> _Buckets:
         tensors = [

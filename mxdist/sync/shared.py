@@ -38,7 +38,7 @@ def device_place() -> DevicePlace:
 
 def choose_transport(
     wanted: str, places: Mapping[str, DevicePlace], nodes: int, broadcasts: bool
-) -> Literal["host", "ipc", "broadcast"]:
+) -> Literal["host", "delta", "ipc", "broadcast"]:
     """How a run's payloads travel.
 
     Args:
@@ -51,6 +51,8 @@ def choose_transport(
     """
     if wanted == "host":
         return "host"
+    if wanted == "delta":
+        return "delta"
     on_gpu = {place.on_gpu for place in places.values()}
     if wanted == "broadcast":
         if len(on_gpu) > 1:

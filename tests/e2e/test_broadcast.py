@@ -1,4 +1,5 @@
-"""Weights of several recipes, broadcast by two learner ranks to two engines: parity at every sync, whoever dies.
+"""Weights of several recipes that two learner ranks broadcast to two engines, or send as changes: in both ways an engine
+that missed a version needs it whole. Parity at every sync, whoever dies.
 
 One run shows both: what modules with recipes of their own need (printed, agreed on by both sides, watched) is none of
 the transport's business.
@@ -19,7 +20,6 @@ from tests.e2e.test_interruptions import read_until, start
 
 STEPS = 5
 SETTINGS = [
-    "sync.transport=broadcast",
     'recipe_overrides=[{modules: "*.0.self_attn.*", recipe: bf16}, {modules: "*.down_proj", recipe: mxfp4_g4}]',
     "rollout.workers=2",
     "rollout.max_lag=1",
@@ -31,6 +31,10 @@ SETTINGS = [
     "data.eval_problems=16",
     "deadlines.sync=40",
 ]
+WAYS = {
+    "broadcast": "weights go through broadcasts to all engines (gloo)",
+    "delta": "weights go through Ray's object store, as blocks that changed since the version before",
+}
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,13 @@ class Done:
     said: str
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+@pytest.fixture(scope="module", params=WAYS)
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Done:
     """An engine dies, then a learner rank."""
-    run_dir = tmp_path_factory.mktemp("broadcast") / "run"
-    process = start(run_dir, *SETTINGS)
+    run_dir = tmp_path_factory.mktemp(request.param) / "run"
+    process = start(run_dir, f"sync.transport={request.param}", *SETTINGS)
     seen = read_until(process, "step 1/5")
-    assert "weights go through broadcasts to all engines (gloo)" in seen
+    assert WAYS[request.param] in seen
     os.kill(pid(run_dir, "rollout_worker_1"), signal.SIGKILL)
     seen += read_until(process, "step 3/5")
     os.kill(pid(run_dir, "learner_rank_1"), signal.SIGKILL)
@@ -55,7 +59,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     return Done(run_dir, seen)
 
 
-def test_engines_and_learner_ranks_that_die_leave_a_run_that_broadcasts_its_weights_going(done: Done) -> None:
+def test_engines_and_learner_ranks_that_die_leave_the_run_going(done: Done) -> None:
     assert "rollout worker 1 died during the" in done.said
     assert re.search(r"learner rank 1 died during the .*; restart", done.said)
     steps = metrics_of(done.run_dir)

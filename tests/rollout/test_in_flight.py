@@ -8,8 +8,17 @@ import pytest
 import torch
 
 from mxdist.config.schema import Config, ModelConfig
-from mxdist.errors import ParityError
-from mxdist.messages import Noise, Prompt, RolloutRequest, RolloutResult, Sample, SamplingSettings, WeightPayload
+from mxdist.errors import ParityError, SyncInterrupted
+from mxdist.messages import (
+    ChangedBlocks,
+    Noise,
+    Prompt,
+    RolloutRequest,
+    RolloutResult,
+    Sample,
+    SamplingSettings,
+    WeightPayload,
+)
 from mxdist.model.recipes import model_recipes
 from mxdist.model.shape import ModelShape
 from mxdist.rollout.arrivals import Arrivals
@@ -173,6 +182,29 @@ def test_weights_that_fail_a_check_leave_the_answers_to_the_old_ones_and_are_com
     with pytest.raises(ParityError, match="did not send"):
         engine.run(RolloutWorker.load_offered, 0, spoilt)
     assert answers(engine.generate(request_of())) == undisturbed
+
+
+def all_of(payload: WeightPayload) -> ChangedBlocks:
+    """Its buckets as what changed since weights that nobody has."""
+    assert isinstance(payload.buckets, tuple)
+    return ChangedBlocks("of nobody", (None,) * len(payload.buckets), payload.buckets)
+
+
+def test_changes_of_weights_that_an_engine_does_not_have_are_refused_until_it_is_given_all(
+    engine: EngineProcess,
+) -> None:
+    sync(engine, seed=1, version=1)
+    undisturbed = answers(engine.generate(request_of()))
+    sent = [replace(payload, key=str(rank)) for rank, payload in enumerate(payloads_of(engine, 2, 2))]
+    changes = [replace(payload, buckets=all_of(payload)) for payload in sent]
+    result = engine.run(generate_with_offers, request_of(), [(5, changes)])
+    assert answers(result) == undisturbed
+    with pytest.raises(SyncInterrupted, match="changed since weights that this engine does not have"):
+        engine.run(RolloutWorker.load_offered, 0, changes)
+    with pytest.raises(SyncInterrupted, match="changed since weights that this engine does not have"):
+        engine.generate(request_of())
+    compare_checksums(learner_checksums(sent), engine.run(RolloutWorker.load_offered, 0, sent))
+    assert {group.policy_version for group in engine.generate(request_of()).groups} == {2}
 
 
 def test_noise_is_on_the_new_weights_as_it_was_on_the_old_and_goes_with_the_batch(engine: EngineProcess) -> None:

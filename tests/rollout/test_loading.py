@@ -8,7 +8,7 @@ import torch
 
 from mxdist.config import Config
 from mxdist.errors import ParityError
-from mxdist.messages import WeightPayload
+from mxdist.messages import ChangedBlocks, WeightPayload
 from mxdist.model.division import Division
 from mxdist.quant.checksum import combine
 from mxdist.rollout.live_weight import LiveWeight
@@ -56,6 +56,38 @@ def test_all_experts_of_a_layer_are_copied_at_once(learner: LearnerSide, engine:
     codes = [copy for copy in copies if ".experts." in copy.slot.name and copy.part == "codes"]
     assert len(codes) == 2 * 2  # of each layer gate and up together, and down
     assert all(copy.count == copy.slot.matrix("codes").numel() for copy in codes)
+
+
+def test_what_changed_since_the_last_version_is_laid_over_it(learner: LearnerSide) -> None:
+    engine = EngineSide(config())
+    learner.export(1, "delta")
+    engine.load_weights([learner.export_again(1)])
+    changed = next(tensor for tensor in learner.tensors if tensor.module is None)
+    for version in (2, 3):
+        with torch.no_grad():
+            changed.parameter[0] += 1
+        payload = learner.export(version, "delta")
+        assert 0 < payload.nbytes < payload.manifest.nbytes / 20
+        compare_checksums(learner_checksums([payload]), engine.load_weights([payload]))
+
+
+def test_a_change_that_went_missing_is_found(learner: LearnerSide) -> None:
+    engine = EngineSide(config())
+    learner.export(1, "delta")
+    engine.load_weights([learner.export_again(1)])
+    learner.step(7)
+    payload = learner.export(2, "delta")
+    assert isinstance(payload.buckets, ChangedBlocks)
+    assert payload.buckets.places[0] is None
+    first = payload.buckets.blocks[0]
+    places, blocks = np.arange(1, len(first), dtype=np.int32), first[1:]  # all but one block
+    buckets = replace(
+        payload.buckets,
+        places=(places, *payload.buckets.places[1:]),
+        blocks=(blocks, *payload.buckets.blocks[1:]),
+    )
+    with pytest.raises(ParityError, match="changed on its way: its checksum is not the learner's"):
+        engine.load_weights([replace(payload, buckets=buckets)])
 
 
 def test_a_bucket_of_fewer_bytes_is_refused(learner: LearnerSide, engine: EngineSide) -> None:
