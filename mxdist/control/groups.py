@@ -55,7 +55,8 @@ class LearnerGroup:
         return self._all(f"export of weights version {version}", "export", version, transport)
 
     def export_again(self, version: int) -> list["ray.ObjectRef"]:
-        """Payloads of a version that engines missed when it was broadcast, for Ray's object store to carry.
+        """Whole payloads of a version that engines missed when it was broadcast, or do not know the one before of, for
+        Ray's object store to carry.
 
         Raises:
             ProcessDied: a rank is gone, and with it what it held.

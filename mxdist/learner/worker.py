@@ -225,7 +225,8 @@ class LearnerWorker:
         return self._probe.shared
 
     def export_again(self, version: int) -> WeightPayload:
-        """A version that was exported to be broadcast, for engines that it did not reach. RunStopped: too late."""
+        """A version that was exported to be broadcast or as changes, whole, for engines that it did not reach or that
+        have nothing to lay changes over. RunStopped: too late."""
         return self._backend.export_again(version)
 
     def save(self, directory: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from mxdist.config import Config
 from mxdist.config.model_costs import parameters
-from mxdist.config.schema import LearnerConfig, ModelConfig, RolloutConfig
+from mxdist.config.schema import LearnerConfig, ModelConfig, RolloutConfig, SyncConfig
 from mxdist.doctor import activations, model_size
 from mxdist.doctor.activations import AT_ONCE
 from mxdist.doctor.fit import GIB, fit, fullest, named_gpu
@@ -282,3 +282,12 @@ def test_weights_that_are_broadcast_are_held_aside_whole_in_every_process_of_an_
     config = Config.model_validate(settings)
     assert engine_memory(config, on_gpu=False).items["weights received"] == sync_bytes(config)
     assert "weights received" not in engine_memory(Config(), on_gpu=False).items
+
+
+def test_weights_that_are_sent_as_changes_are_held_by_both_sides_to_compare_with() -> None:
+    config = Config.model_validate({"recipe": "mxfp4", "sync": {"transport": "delta"}})
+    assert engine_memory(config, on_gpu=False).items["weights to lay changes over"] == sync_bytes(config)
+    assert "weights to lay changes over" not in engine_memory(config, on_gpu=True).items  # in the host's memory
+    through_host = config.model_copy(update={"sync": SyncConfig(transport="host")})
+    kept, sent = (learner_memory(each, on_gpu=True)[0].items["weights on their way"] for each in (config, through_host))
+    assert kept == 2 * sent > 0

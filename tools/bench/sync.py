@@ -59,14 +59,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--gpus", type=int, choices=(0, 1, 2), default=2)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="qwen3-30b-a3b")
-    parser.add_argument("--transports", choices=("host", "ipc", "broadcast"), nargs="+", default=["ipc"])
+    parser.add_argument("--transports", choices=("host", "delta", "ipc", "broadcast"), nargs="+", default=["ipc"])
+    parser.add_argument("--rate", type=float, help="move weights by this learning rate; without it all are new")
     parser.add_argument("--syncs", type=int, default=5)
     options = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
     for transport in options.transports:
         recipes = {}
         for recipe in RECIPES:
-            recipes[recipe] = measure(_config(options, recipe, transport), options.syncs)
+            recipes[recipe] = measure(_config(options, recipe, transport), options.syncs, options.rate)
             print(json.dumps({transport: {recipe: recipes[recipe]}}), flush=True)
         results[transport] = {"recipes": recipes, "ratios": _ratios(recipes["bf16"], recipes["mxfp4"])}
     written = {
@@ -95,21 +96,21 @@ def _config(options: argparse.Namespace, recipe: str, transport: str) -> Config:
     )
 
 
-def measure(config: Config, syncs: int) -> dict[str, Any]:
+def measure(config: Config, syncs: int, rate: float | None = None) -> dict[str, Any]:
     """Medians of one recipe."""
     started = time.monotonic()
     # Ray's object store gets room for versions of the model, which has to be there only where they go through it.
-    by_ray = config.sync.transport == "host"
+    by_ray = config.sync.transport in ("host", "delta")
     start_ray(config if by_ray else config.model_copy(update={"model": Config().model}))
     try:
         with tempfile.TemporaryDirectory() as folder:
-            found = _measure(config, syncs, Path(folder))
+            found = _measure(config, syncs, rate, Path(folder))
             return found | {"wall_seconds": round(time.monotonic() - started, 1)}
     finally:
         ray.shutdown()
 
 
-def _measure(config: Config, syncs: int, folder: Path) -> dict[str, Any]:
+def _measure(config: Config, syncs: int, rate: float | None, folder: Path) -> dict[str, Any]:
     roster = Roster(folder)
     learner = roster.start("learner rank 0", 0.5, config.learner.gpus_per_rank)
     supervisor = Supervisor(config, roster, print)
@@ -124,7 +125,7 @@ def _measure(config: Config, syncs: int, folder: Path) -> dict[str, Any]:
     sync = WeightSync(LearnerGroup([learner], config), pool, transport, config)
     found = []
     for version in range(WARM_UP + syncs):
-        wait_for([learner.call("new weights", "step", version)], config.deadlines.update, "update")
+        wait_for([learner.call("new weights", "step", version, rate)], config.deadlines.update, "update")
         sync.push(version)
         found.append(sync.check_all())
     [sizes] = wait_for([learner.call("sizes", "sizes")], config.deadlines.update, "update")

@@ -62,15 +62,23 @@ class LearnerSide:
         self.tensors = list(self._make_tensors())
         outgoing = Outgoing(self._device, "learner rank 0", config.rollout.max_lag + 1)
         self._exporter = Exporter(lambda: self.tensors, self.tensors, None, outgoing)
+        self._parameters = list({id(tensor.parameter): tensor.parameter for tensor in self.tensors}.values())
+        self._masters: list[Tensor] = []  # float32, as an optimizer holds them
         self.step(0)
 
-    def step(self, seed: int) -> None:
-        """New weights everywhere."""
+    def step(self, seed: int, rate: float | None = None) -> None:
+        """New weights everywhere; with a learning rate the old ones, moved by it up or down as by Adam's first step."""
         torch.manual_seed(seed)
         with torch.no_grad():
-            for tensor in self.tensors:
-                for rows in tensor.rows:
-                    tensor.parameter[rows].normal_(1.0 if "norm" in tensor.name else 0.0, 0.02)
+            if rate is None:
+                for tensor in self.tensors:
+                    for rows in tensor.rows:
+                        tensor.parameter[rows].normal_(1.0 if "norm" in tensor.name else 0.0, 0.02)
+            else:
+                self._masters = self._masters or [parameter.float() for parameter in self._parameters]
+                for parameter, master in zip(self._parameters, self._masters, strict=True):
+                    master += rate * torch.randn_like(master).sign()
+                    parameter.copy_(master)
         requantise(self._model)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
