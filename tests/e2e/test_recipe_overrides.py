@@ -1,4 +1,4 @@
-"""Recipes by module name that match nothing. tests/e2e/test_broadcast.py trains with some that do."""
+"""Recipes by module name that match nothing. tests/e2e/test_missed_weights.py trains with some that do."""
 
 from pathlib import Path
 

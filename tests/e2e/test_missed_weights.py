@@ -1,4 +1,4 @@
-"""Weights of several recipes that two learner ranks broadcast to two engines, or send as changes: in both ways an engine
+"""Weights of several recipes that two learner ranks broadcast to two engines, or send as changes: either way an engine
 that missed a version needs it whole. Parity at every sync, whoever dies.
 
 One run shows both: what modules with recipes of their own need (printed, agreed on by both sides, watched) is none of
