@@ -24,7 +24,7 @@ for folder in tests/*/; do
     fi
 done
 said=$(mktemp)
-trap 'kill $(jobs -p) 2>/dev/null; rm -f "$said"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -f "$said"' EXIT
 code=0
 OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest "${one[@]/#/tests/}" >"$said" 2>&1 &
 OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest "${other[@]/#/tests/}" || code=$?
