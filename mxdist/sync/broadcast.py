@@ -200,9 +200,12 @@ class _Party:
         return self._groups[owner]
 
     def finish(self, works: Sequence[Any], meeting: Meeting) -> None:
-        """Until collectives are done."""
-        started = looked = time.monotonic()
+        """Until the collectives of buckets are done, one after another. Each has the deadline to itself, which begins
+        when the one before is done; a sender's first waits until the receivers come to it as well.
+        """
+        looked = time.monotonic()
         for work in works:
+            started = time.monotonic()
             while not work.is_completed():
                 now = time.monotonic()
                 if now - started > meeting.transfer:

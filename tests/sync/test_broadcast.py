@@ -22,7 +22,7 @@ from mxdist.config import Config
 from mxdist.errors import SyncInterrupted
 from mxdist.messages import BroadcastBuckets, Bucket, Manifest, Meeting
 from mxdist.rollout.loading import WeightLoader
-from mxdist.sync.broadcast import Meetings, Receiver, Sender
+from mxdist.sync.broadcast import Meetings, Receiver, Sender, _Failed, _Party
 from mxdist.sync.parity import compare_checksums
 from mxdist.sync.payload import as_array, learner_checksums
 from tools.bench.sync import SHAPES
@@ -151,6 +151,30 @@ def test_without_its_store_a_broadcast_is_refused() -> None:
     nowhere = replace(called.call(), address=f"{LOCAL}:1", transfer=0.5)
     with pytest.raises(SyncInterrupted, match=r"store at 127\.0\.0\.1:1"):
         Receiver(CPU).meet(nowhere)
+
+
+class DoneAt:
+    """A collective that is done at a moment (time.monotonic())."""
+
+    def __init__(self, moment: float) -> None:
+        self._moment = moment
+
+    def is_completed(self) -> bool:
+        return time.monotonic() >= self._moment
+
+    def wait(self) -> None:
+        assert self.is_completed()
+
+
+def test_each_bucket_has_the_deadline_to_itself_however_long_all_of_them_take() -> None:
+    called = meetings(1, transfer=1.0)
+    meeting = called.call()
+    party, now = _Party(meeting, CPU, 0), time.monotonic()
+    party.finish([DoneAt(now + 0.6), DoneAt(now + 1.2), DoneAt(now + 1.2)], meeting)
+    now = time.monotonic()
+    with pytest.raises(_Failed, match=r"a bucket took longer than 1 s; raise deadlines\.sync"):
+        party.finish([DoneAt(now + 0.1), DoneAt(now + 30)], meeting)
+    assert time.monotonic() - now < 5
 
 
 def come_and_die(meeting: Meeting) -> None:
