@@ -31,6 +31,7 @@ from mxdist.model.shape import ModelShape
 
 START_ATTEMPTS = 2
 LEARNER_NAME = "learner rank"
+ROLLOUT_NAME = "rollout worker"
 ASIDE = "aside"
 LEARNER = "mxdist.learner.worker:LearnerWorker"
 ROLLOUT = "mxdist.rollout.worker:RolloutWorker"

@@ -15,7 +15,7 @@ from itertools import zip_longest
 from typing import Any
 
 from mxdist.config import Config
-from mxdist.control.processes import Process
+from mxdist.control.processes import LEARNER_NAME, ROLLOUT_NAME, Process
 from mxdist.control.roster import Roster
 from mxdist.control.waits import Pending, succeeded, wait_for
 from mxdist.errors import DeadlineExceeded, ProcessFailure, RollBack, RunStopped, SyncInterrupted
@@ -153,7 +153,7 @@ class Supervisor:
         if self._since_checkpoint >= self._limit:
             used_up = f"; run.restarts={self._limit} is used up" if self._limit else ""
             raise RunStopped(f"{said}{used_up}") from failure
-        if self.meetings is not None and isinstance(failure, ProcessFailure):
+        if self.meetings is not None and _takes_part_in_syncs(failure):
             self.meetings.end(said)  # whoever waits for that process there need not
         self._since_checkpoint += 1
         self._note(f"{said}; restart {self._since_checkpoint} of at most {self._limit} until the next checkpoint")
@@ -196,3 +196,10 @@ class Supervisor:
                 if call.lasting == "weights" and call.result is not None and call.result != result:
                     raise RunStopped(f"{worker.name} was given the weights again and holds other bytes than before")
             return
+
+
+def _takes_part_in_syncs(failure: ProcessFailure | RollBack) -> bool:
+    """Whether one of those that failed may be waited for at a meeting; a reward worker never is."""
+    return isinstance(failure, ProcessFailure) and any(
+        name.startswith((LEARNER_NAME, ROLLOUT_NAME)) for name in failure.processes
+    )

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from mxdist.config import Config
-from mxdist.control.processes import REWARD, REWARD_WORKER_CPUS, ROLLOUT
+from mxdist.control.processes import REWARD, REWARD_WORKER_CPUS, ROLLOUT, ROLLOUT_NAME
 from mxdist.control.roster import Roster
 from mxdist.control.supervisor import Worker
 from mxdist.model.shape import ModelShape
@@ -15,7 +15,7 @@ def rollout_workers(config: Config, shape: ModelShape, model_dirs: Path, roster:
     section = config.rollout
     workers = []
     for index in range(section.workers):
-        name = f"rollout worker {index}"
+        name = f"{ROLLOUT_NAME} {index}"
         start = partial(roster.start, name, section.cpus_per_worker, section.gpus_per_worker)
         worker = Worker(partial(start, aside=config.sync.update == "in_flight"))
         worker.construct(ROLLOUT, config, shape, model_dirs / f"engine_{index}")

@@ -15,7 +15,8 @@ from mxdist.control.processes import Process
 from mxdist.control.roster import Roster
 from mxdist.control.supervisor import Call, Supervisor, Worker
 from mxdist.control.waits import Pending, wait_for
-from mxdist.errors import DeadlineExceeded, ProcessFailure, RollBack, RunStopped
+from mxdist.errors import DeadlineExceeded, ProcessDied, ProcessFailure, RollBack, RunStopped
+from mxdist.sync.broadcast import Meetings
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -152,6 +153,19 @@ def test_roll_backs_count_as_failures_and_are_bounded_like_them(tmp_path: Path) 
     with pytest.raises(RunStopped, match=r"^step 3: entropy; run\.restarts=2 is used up") as caught:
         supervisor.take(RollBack("step 3: entropy"))
     assert not isinstance(caught.value, RollBack)
+
+
+@pytest.mark.parametrize(
+    ("dead", "takes_part"), [("reward worker 0", False), ("rollout worker 1", True), ("learner rank 0", True)]
+)
+def test_a_broadcast_under_way_is_over_only_if_who_died_takes_part_in_it(
+    tmp_path: Path, dead: str, takes_part: bool
+) -> None:
+    supervisor = Supervisor(Config(), Roster(tmp_path), note=lambda _: None)
+    supervisor.meetings = Meetings("127.0.0.1", receivers=2, arrival=60, transfer=60)
+    under_way = supervisor.meetings.call()
+    supervisor.take(ProcessDied(f"{dead} died", (dead,)))
+    assert supervisor.meetings.is_open(under_way.generation) == (not takes_part)
 
 
 def test_the_report_of_a_deadline_holds_the_stacks_of_every_process(tmp_path: Path) -> None:
