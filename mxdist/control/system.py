@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import ray
 
@@ -20,6 +19,7 @@ from mxdist.control.processes import LEARNER_NAME, start_learners, start_ray
 from mxdist.control.roster import Roster
 from mxdist.control.supervisor import Supervisor
 from mxdist.control.waits import wait_for
+from mxdist.control.weights import Way
 from mxdist.control.workers import reward_workers, rollout_workers
 from mxdist.errors import ProcessFailure, UserError
 from mxdist.messages import EngineReport, LearnerReport
@@ -46,7 +46,7 @@ class System:
     rewards: RewardPool
     supervisor: Supervisor
     placement: LearnerPlacement
-    transport: Literal["host", "delta", "ipc"] | Meetings  # of weight syncs
+    transport: Way  # of weight syncs
 
     def restart_learners(self, goes_on: bool) -> None:
         """Replace every learner rank; what the other processes have under way is of no interest any more.
@@ -161,7 +161,7 @@ def _agree_on_transport(
     learners: LearnerGroup,
     pool: RolloutPool,
     console: Console,
-) -> Literal["host", "delta", "ipc"] | Meetings:
+) -> Way:
     places = {f"learner rank {report.rank}": report.device for report in reports}
     places |= {f"rollout worker {index}": report.device for index, report in enumerate(engines)}
     broadcasts = broadcast_lacks(config) is None

@@ -18,6 +18,9 @@ from mxdist.sync.broadcast import Meetings
 from mxdist.sync.parity import compare_checksums
 from mxdist.sync.payload import PartSums, learner_checksums
 
+Way = Literal["host", "delta", "ipc"] | Meetings
+"""How all versions of a run travel."""
+
 
 @dataclass(frozen=True)
 class _Push:
@@ -35,13 +38,7 @@ class WeightSync:
     ever, when those batches are finished.
     """
 
-    def __init__(
-        self,
-        learners: LearnerGroup,
-        pool: RolloutPool,
-        transport: Literal["host", "delta", "ipc"] | Meetings,
-        config: Config,
-    ) -> None:
+    def __init__(self, learners: LearnerGroup, pool: RolloutPool, transport: Way, config: Config) -> None:
         self._learners = learners
         self._pool = pool
         self._transport = transport

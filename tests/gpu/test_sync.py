@@ -11,7 +11,7 @@ import torch
 
 from mxdist.config import Config
 from mxdist.errors import ParityError, ProcessDied, RunStopped
-from mxdist.messages import SharedBuckets, Transport, WeightPayload
+from mxdist.messages import ChangedBlocks, SharedBuckets, Transport, WeightPayload
 from mxdist.sync.parity import compare_checksums
 from mxdist.sync.payload import PartSums, as_array, learner_checksums
 from mxdist.sync.shared import Probe, handle_of
@@ -111,6 +111,18 @@ def test_shared_weights_outlive_the_learners_next_update_and_not_its_next_export
     with pytest.raises(RunStopped, match=r"too late for weights version 1 of learner rank 0, .* now hold version 2"):
         load(engine, first)
     assert engine.run(live_bytes) == before
+
+
+def test_what_changed_on_one_gpu_is_laid_over_what_another_process_has(learner: Side, engine: Side) -> None:
+    new_weights(learner, 1, "delta")
+    load(engine, learner.run(LearnerSide.export_again, 1))
+    payload = new_weights(learner, 2, "delta")
+    assert isinstance(payload.buckets, ChangedBlocks)
+    compare_checksums(learner_checksums([payload]), load(engine, payload))
+    learner.run(LearnerSide.step, 3, 1e-6)
+    payload = learner.run(LearnerSide.export, 3, "delta")
+    assert payload.nbytes < payload.manifest.nbytes / 10
+    compare_checksums(learner_checksums([payload]), load(engine, payload))
 
 
 def test_an_engine_tries_whether_it_can_read_a_learners_gpu(learner: Side, engine: Side) -> None:
