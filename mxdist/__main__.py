@@ -1,5 +1,9 @@
-"""``python -m mxdist`` is the ``mxdist`` command."""
+"""The ``mxdist`` command, and ``python -m mxdist``."""
 
-from mxdist.cli import main
+from mxdist.interrupts import ending_at_once
 
-main()
+with ending_at_once():
+    from mxdist.cli import main
+
+if __name__ == "__main__":
+    main()

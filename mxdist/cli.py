@@ -17,10 +17,10 @@ import typer
 from mxdist import __version__
 from mxdist.config import Config, load_config
 from mxdist.errors import RunStopped, UserError
+from mxdist.interrupts import INTERRUPTED, MESSAGE, ending_at_once
 from mxdist.observe.run_directory import CONFIG_FILE, require_run
 from mxdist.observe.third_party_output import quieten_third_party
 
-INTERRUPTED = 130
 # The base class of all mistakes in arguments, which typer does not export.
 UsageError: type[typer.BadParameter] = typer.BadParameter.__bases__[0]
 
@@ -51,7 +51,8 @@ def train(config: ConfigFile, settings: Settings = None) -> None:
     """
     resolved = load_config(config, settings or [])
     _protect_ray(resolved)
-    from mxdist.control import app as control
+    with ending_at_once():
+        from mxdist.control import app as control
 
     control.train(resolved)
 
@@ -63,7 +64,8 @@ def resume(run_dir: RunDir, settings: Settings = None) -> None:
     Checkpoints that are damaged are passed over. Most settings may change, such as run.steps or the learner's layout.
     """
     _protect_ray(_check_run(run_dir, settings))
-    from mxdist.control import app as control
+    with ending_at_once():
+        from mxdist.control import app as control
 
     control.resume(run_dir, settings or [])
 
@@ -98,7 +100,8 @@ def evaluate(
     if path.is_dir() and not (path / CONFIG_FILE).is_file() and (path / "config.json").is_file():
         raise UserError(f"{path} is a model without a task; give a configuration: mxdist eval CONFIG model.path={path}")
     _protect_ray(_check_run(path, settings) if path.is_dir() else load_config(path, settings or []))
-    from mxdist.control import eval_command
+    with ending_at_once():
+        from mxdist.control import eval_command
 
     eval_command.evaluate(path, samples, temperature, settings or [])
 
@@ -121,7 +124,8 @@ def profile(
     checkpoint. Prints a table and saves it with profile.json.
     """
     _protect_ray(load_config(config, settings or []))  # and mistakes in the settings show before the heavy imports
-    from mxdist.control import profiling
+    with ending_at_once():
+        from mxdist.control import profiling
 
     profiling.profile(profiling.Options(config, settings or [], against, steps, warmup, out, trace))
 
@@ -145,7 +149,8 @@ def decompose(
     Splits the error of quantising its weights exactly into scale, deadzone and grid, for every linear that a recipe
     quantises.
     """
-    from mxdist.decomposition import command
+    with ending_at_once():
+        from mxdist.decomposition import command
 
     typed = shlex.join(["mxdist", *sys.argv[1:]])
     recipes = recipe or ["mxfp4"]
@@ -168,7 +173,8 @@ def doctor(
 
     Exit code 0: it would start; 1: it would not.
     """
-    from mxdist.doctor import command
+    with ending_at_once():
+        from mxdist.doctor import command
 
     return command.doctor(config, settings or [], gpu, json)
 
@@ -199,7 +205,8 @@ def export(
     It holds the model of the run's newest checkpoint.
     """
     require_run(run_dir)
-    from mxdist.control import exporting
+    with ending_at_once():
+        from mxdist.control import exporting
 
     exporting.export(run_dir, out_dir, form)
 
@@ -230,18 +237,23 @@ def exit_code_of(command: Callable[[], object]) -> int:
     except (UserError, RunStopped) as error:
         return _failed(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _failed("interrupted", INTERRUPTED)
+        return _interrupted()
     except UsageError as error:
         asked = error.ctx.command_path if error.ctx else "mxdist"
         return _failed(f"{error.format_message()} (see '{asked} --help')", UserError.exit_code)
     if result == INTERRUPTED:  # typer turns an interrupt inside a command into this, and says nothing
-        return _failed("interrupted", INTERRUPTED)
+        return _interrupted()
     return result if isinstance(result, int) else 0
 
 
 def _failed(message: str, code: int) -> int:
     print(f"mxdist: {message}", file=sys.stderr)
     return code
+
+
+def _interrupted() -> int:
+    print(MESSAGE, file=sys.stderr)
+    return INTERRUPTED
 
 
 def _protect_ray(config: Config) -> None:

@@ -27,6 +27,7 @@ from mxdist.control.memory import explained
 from mxdist.control.placement import LearnerPlacement, Where
 from mxdist.control.waits import Pending, wait_for
 from mxdist.errors import UserError
+from mxdist.interrupts import put_off
 from mxdist.model.shape import ModelShape
 
 START_ATTEMPTS = 2
@@ -184,10 +185,11 @@ def start_ray(config: Config) -> None:
         "logging_level": logging.ERROR,
         "runtime_env": {"env_vars": WORKER_ENVIRONMENT | network.worker_variables(config)},
     }
-    if config.cluster.address is None:
-        _start_here(config, common)
-    else:
-        _join_cluster(config.cluster.address, common)
+    with put_off():
+        if config.cluster.address is None:
+            _start_here(config, common)
+        else:
+            _join_cluster(config.cluster.address, common)
     signal.signal(signal.SIGTERM, on_sigterm)  # ray.init has set its own
     have = ray.available_resources()
     for kind, wanted in (("CPU", cpus_wanted(config)), ("GPU", gpus_wanted(config))):

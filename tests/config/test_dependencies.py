@@ -12,7 +12,7 @@ LAYERS = (  # each imports only of its own layer and of those after it
     {"learner", "rollout", "sync", "aqn", "tasks", "observe"},
     {"model", "quant"},
     {"config"},
-    {"messages", "seeds", "errors", "packages"},
+    {"messages", "seeds", "errors", "packages", "interrupts"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 

@@ -1,5 +1,6 @@
 """A run from outside: what ends it early, mistakes that only the running system finds, and who can reach it."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -91,6 +92,23 @@ def test_control_c_while_processes_start_does_as_well(tmp_path: Path) -> None:
     read_until(process, "starting learner")
     time.sleep(4)  # into the imports of the workers
     _interrupt(process)
+
+
+def test_control_c_while_ray_starts_waits_for_it_and_leaves_nothing(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", "run.steps=500")
+    read_until(process, "starting Ray")
+    root, family = psutil.Process(process.pid), set()
+    while not family:
+        family |= set(root.children(recursive=True))
+    os.killpg(process.pid, signal.SIGINT)
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family |= set(root.children(recursive=True))
+        time.sleep(0.05)
+    rest, _ = process.communicate(timeout=60)
+    assert (process.returncode, rest.strip()) == (130, "mxdist: interrupted")
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not [member for member in alive if member.status() != psutil.STATUS_ZOMBIE]
 
 
 def _interrupt(process: "subprocess.Popen[str]") -> None:
