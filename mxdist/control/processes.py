@@ -25,8 +25,9 @@ from mxdist.config.model_costs import object_store_bytes
 from mxdist.control import network, stacks
 from mxdist.control.memory import explained
 from mxdist.control.placement import LearnerPlacement, Where
+from mxdist.control.stopping import ASKED
 from mxdist.control.waits import Pending, wait_for
-from mxdist.errors import UserError
+from mxdist.errors import Preempted, UserError
 from mxdist.interrupts import put_off
 from mxdist.model.shape import ModelShape
 
@@ -170,6 +171,8 @@ def start_ray(config: Config) -> None:
     Raises:
         UserError: Ray does not start here; the cluster cannot be reached, or has fewer CPUs or GPUs than the layout
             asks for; or two learner ranks may come to share a GPU.
+        Preempted: SIGTERM came while Ray started.
+        KeyboardInterrupt: Ctrl-C did. Ray has started then.
     """
     # Calls that nobody waits for any more, since their process is being replaced, would show their tracebacks.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
@@ -185,11 +188,14 @@ def start_ray(config: Config) -> None:
         "logging_level": logging.ERROR,
         "runtime_env": {"env_vars": WORKER_ENVIRONMENT | network.worker_variables(config)},
     }
-    with put_off():
-        if config.cluster.address is None:
-            _start_here(config, common)
-        else:
-            _join_cluster(config.cluster.address, common)
+    try:
+        with put_off():
+            if config.cluster.address is None:
+                _start_here(config, common)
+            else:
+                _join_cluster(config.cluster.address, common)
+    except SystemExit as error:  # what ray.init makes of SIGTERM
+        raise Preempted(ASKED) from error
     signal.signal(signal.SIGTERM, on_sigterm)  # ray.init has set its own
     have = ray.available_resources()
     for kind, wanted in (("CPU", cpus_wanted(config)), ("GPU", gpus_wanted(config))):

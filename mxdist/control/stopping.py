@@ -9,6 +9,8 @@ from types import FrameType, TracebackType
 
 from mxdist.errors import Preempted
 
+ASKED = "asked to stop (SIGTERM); go on with 'mxdist resume' and the run directory"
+
 
 class StopRequests:
     """Listens for SIGTERM. Use as a context manager, in the main thread."""
@@ -29,4 +31,4 @@ class StopRequests:
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         again, self.asked = self.asked, True
         if again or not self.patient:
-            raise Preempted("asked to stop (SIGTERM); go on with 'mxdist resume' and the run directory")
+            raise Preempted(ASKED)

@@ -94,19 +94,27 @@ def test_control_c_while_processes_start_does_as_well(tmp_path: Path) -> None:
     _interrupt(process)
 
 
-def test_control_c_while_ray_starts_waits_for_it_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 75, "asked to stop (SIGTERM); go on with 'mxdist resume'")],
+)
+def test_a_run_that_is_ended_while_ray_starts_says_so_in_one_line_and_leaves_nothing(
+    number: signal.Signals, code: int, said: str, tmp_path: Path
+) -> None:
     process = start(tmp_path / "run", "run.steps=500")
     read_until(process, "starting Ray")
     root, family = psutil.Process(process.pid), set()
     while not family:
         family |= set(root.children(recursive=True))
-    os.killpg(process.pid, signal.SIGINT)
+    process.send_signal(number)
     while process.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):
             family |= set(root.children(recursive=True))
         time.sleep(0.05)
     rest, _ = process.communicate(timeout=60)
-    assert (process.returncode, rest.strip()) == (130, "mxdist: interrupted")
+    assert process.returncode == code
+    [line] = rest.strip().splitlines()
+    assert line.startswith(f"mxdist: {said}")
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not [member for member in alive if member.status() != psutil.STATUS_ZOMBIE]
 
