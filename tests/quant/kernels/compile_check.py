@@ -74,10 +74,25 @@ NUMBERS = {
 }
 
 
-def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
-    """Name, kernel, constants, warps."""
-    plain = {"CARRY": CEIL, "SATURATE": False, "CHECK": False}
-    tiles = plain | {"MACRO_BITS": 0, "RANDOM": False, "HADAMARD": False, "ONE_SCALE": False, "BY_COLUMN": False}
+Case = tuple[str, Any, dict[str, object], int]
+"""Name, kernel, constants, warps."""
+PLAIN: dict[str, object] = {"CARRY": CEIL, "SATURATE": False, "CHECK": False}
+
+
+def cases() -> Iterator[Case]:
+    """Of every kernel the forms that runs use."""
+    yield from one_operand_cases()
+    yield from two_operand_cases()
+    yield from model_cases()
+    yield from term_cases()
+    yield from packed_cases()
+    sums = {"BITS": 32, "UP": 16, "ROWS": True, "PIECE": checksum.PIECE, "BLOCK": checksum.BLOCK}
+    yield "checksums of bfloat16", checksum._kernel, sums, checksum.WARPS
+
+
+def one_operand_cases() -> Iterator[Case]:
+    """Quantisers along rows or columns, and of weights."""
+    tiles = PLAIN | {"MACRO_BITS": 0, "RANDOM": False, "HADAMARD": False, "ONE_SCALE": False, "BY_COLUMN": False}
     by_row = tiles | dict(zip(("ROWS", "COLS"), quant_tiles._ROWS_ONLY[:2], strict=True))
     yield "tiles by row", quant_tiles._quantise_tiles_kernel, by_row, quant_tiles._ROWS_ONLY[2]
     yield (
@@ -95,9 +110,24 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     yield "squares by column", quant_tiles._quantise_tiles_kernel, squares, quant_tiles._SQUARES[2]
     for k in (768, 2048, 11008, 22016):
         width, chunks, height, warps = quant_rows.launch_shape(k)
-        rows = plain | {"ROWS": height, "COLS": width, "CHUNKS": chunks, "HELD": True, "RANDOM": False}
+        rows = PLAIN | {"ROWS": height, "COLS": width, "CHUNKS": chunks, "HELD": True, "RANDOM": False}
         yield f"rows of {k}", quant_rows._quantise_rows_kernel, rows, warps
-    both = {f"{key}_T": value for key, value in plain.items() if key != "CHECK"} | plain | {"SQUARES": True}
+    yield "weight", quant_weight._quantise_weight_kernel, PLAIN | {"SQUARE": False, "WHOLE": False, "FOLDED": False}, 8
+    yield (
+        "weight, folded",
+        quant_weight._quantise_weight_kernel,
+        PLAIN | {"SQUARE": False, "WHOLE": False, "FOLDED": True},
+        8,
+    )
+    rows, columns, warps = quant_norm.SHAPE
+    normed = PLAIN | {"ROWS": rows, "COLS": columns, "RANDOM": False}
+    yield "norm", quant_norm._quantise_norm_kernel, normed | {"MACRO_BITS": 0}, warps
+    yield "norm, macro factors", quant_norm._quantise_norm_kernel, normed | {"MACRO_BITS": 8}, warps
+
+
+def two_operand_cases() -> Iterator[Case]:
+    """Quantisers along rows and columns at once, and those of experts."""
+    both = {f"{key}_T": value for key, value in PLAIN.items() if key != "CHECK"} | PLAIN | {"SQUARES": True}
     both |= {"MACRO_BITS": 0, "RANDOM": False, "RANDOM_T": False}
     both |= dict(zip(("ROWS", "COLS"), quant_both.SHAPE[:2], strict=True))
     yield "both", quant_both._quantise_both_kernel, both | {"MACRO_BITS_T": 0}, quant_both.SHAPE[2]
@@ -120,6 +150,10 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
             experts | {"SOURCE": source},
             quant_both.SHAPE[2],
         )
+
+
+def model_cases() -> Iterator[Case]:
+    """What lies between quantisers and products."""
     yield "swiglu", swiglu._swiglu_kernel, {"COLS": 1024}, 4
     yield "swiglu, backward", swiglu._swiglu_backward_kernel, {"COLS": 1024}, 4
     yield "rotary", rotary_kernel._turn_kernel, {"HEADS": 16, "HALF": 64, "BACK": True}, 4
@@ -127,15 +161,12 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     yield "scores", scoring_kernel._sums_kernel, scored, scoring_kernel._WARPS
     yield "scores, gradient", scoring_kernel._gradient_kernel, scored, scoring_kernel._WARPS
     yield "without filling", permute._without_filling_kernel, {"COLS": 2048}, 4
-    yield "weight", quant_weight._quantise_weight_kernel, plain | {"SQUARE": False, "WHOLE": False, "FOLDED": False}, 8
-    yield (
-        "weight, folded",
-        quant_weight._quantise_weight_kernel,
-        plain | {"SQUARE": False, "WHOLE": False, "FOLDED": True},
-        8,
-    )
+
+
+def term_cases() -> Iterator[Case]:
+    """Macro factors, outlier fallback and packed bytes."""
     rows, warps = quant_terms.SHAPE
-    one = plain | {"ROWS": rows, "RANDOM": False, "THRESHOLD": False, "LISTED": False, "BITS": 8}
+    one = PLAIN | {"ROWS": rows, "RANDOM": False, "THRESHOLD": False, "LISTED": False, "BITS": 8}
     one |= {"METHOD": terms.STATIC.value, "PACK": False, "FALLBACK": True}
     searched = {"METHOD": terms.SEARCHED.value, "BITS": 4}
     for name, changed in (
@@ -147,28 +178,21 @@ def cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
         ("packed, searched and fallback", searched | {"PACK": True}),
     ):
         yield name, quant_terms._quantise_terms_kernel, one | changed, warps
-    rows, columns, warps = quant_norm.SHAPE
-    normed = plain | {"ROWS": rows, "COLS": columns, "RANDOM": False}
-    yield "norm", quant_norm._quantise_norm_kernel, normed | {"MACRO_BITS": 0}, warps
-    yield "norm, macro factors", quant_norm._quantise_norm_kernel, normed | {"MACRO_BITS": 8}, warps
+    rows, warps = quant_residual.SHAPE
+    one = PLAIN | {"ROWS": rows, "RANDOM": False, "LISTED": True, "BITS": 8, "METHOD": terms.STATIC.value}
+    yield "listed tiles", quant_residual._quantise_residual_kernel, one, warps
+    yield "listed tiles, stochastic", quant_residual._quantise_residual_kernel, one | {"RANDOM": True}, warps
+    yield "tiles by row, searched", quant_residual._quantise_residual_kernel, one | searched | {"LISTED": False}, warps
+
+
+def packed_cases() -> Iterator[Case]:
+    """Kernels that read packed weights."""
     yield (
         "unpacked",
         unpack._unpack_kernel,
         {"METHOD": terms.STATIC.value, "ROWS": unpack._ROWS, "TILES": unpack._TILES},
         unpack._WARPS,
     )
-    rows, warps = quant_residual.SHAPE
-    one = plain | {"ROWS": rows, "RANDOM": False, "LISTED": True, "BITS": 8, "METHOD": terms.STATIC.value}
-    yield "listed tiles", quant_residual._quantise_residual_kernel, one, warps
-    yield "listed tiles, stochastic", quant_residual._quantise_residual_kernel, one | {"RANDOM": True}, warps
-    yield "tiles by row, searched", quant_residual._quantise_residual_kernel, one | searched | {"LISTED": False}, warps
-    yield from packed_cases()
-    sums = {"BITS": 32, "UP": 16, "ROWS": True, "PIECE": checksum.PIECE, "BLOCK": checksum.BLOCK}
-    yield "checksums of bfloat16", checksum._kernel, sums, checksum.WARPS
-
-
-def packed_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
-    """Kernels that read packed weights."""
     plain = {"BLOCK": 32, "METHOD": 0, "MACRO": 128, "FALLBACK": False}
     both = plain | {"METHOD": terms.SEARCHED.value, "FALLBACK": True}
     shape = {"BN": decode.WIDTH, "DEPTH": decode.DEPTH, "LENGTH": 2048, "table": None}
@@ -181,7 +205,7 @@ def packed_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     yield "expand", packed._expand_kernel, both | {"ROWS": packed._ROWS, "DEPTH": packed._DEPTH}, packed._WARPS
 
 
-def halves_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
+def halves_cases() -> Iterator[Case]:
     """Products of 16-bit rows: of 8 and 32 rows, split and not, of experts, with all that weights may have."""
     absent = ("table", "macro", "residual_codes", "residual_scales", "bias", "partial", "finished")
     plain = dict.fromkeys(absent) | {"METHOD": 0, "MACRO": 128, "FALLBACK": False, "SPLIT": 1, "EVEN": True, "BM": 8}
@@ -206,7 +230,7 @@ def halves_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
     yield "sampling, rows", sampling_kernel._decide, {"PIECES": 128}, 1
 
 
-def tiles_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
+def tiles_cases() -> Iterator[Case]:
     """Products in FP8: of 32 rows, plain and all that weights may have, and of 128."""
     absent = ("macro", "bias", "partial", "finished")
     plain = dict.fromkeys(absent) | {"METHOD": 0, "SPLIT": 1, "BM": 32, "WIDTH": 64, "DEEP": 1, "AHEAD": True}
@@ -223,7 +247,7 @@ def _halves_shape(constants: Any) -> decode_halves.Shape:
     return decode_halves.shape_of(constants["BM"], 22016, 2048, 1, 132, constants["FALLBACK"])
 
 
-def blackwell_cases() -> Iterator[tuple[str, Any, dict[str, object], int]]:
+def blackwell_cases() -> Iterator[Case]:
     """As `cases`, for sm_100a."""
     shape = dict(zip(("BM", "BN", "BK"), dot_scaled.BLOCK, strict=True))
     for name, group in (("mxfp4", 32), ("nvfp4", 16)):
