@@ -338,9 +338,8 @@ class WeightPayload:
     recipes: dict[str, object]  # ModelRecipes.to_dict(); an engine with others refuses the payload
     manifest: Manifest = field(repr=False)
     checksums: np.ndarray = field(repr=False)  # uint64 [len(manifest.checked)], of what the learner computes with
-    buckets: tuple[np.ndarray, ...] | ChangedBlocks | SharedBuckets | BroadcastBuckets = field(
-        repr=False
-    )  # uint8 [nbytes] each
+    # Arrays are uint8 [nbytes] each.
+    buckets: tuple[np.ndarray, ...] | ChangedBlocks | SharedBuckets | BroadcastBuckets = field(repr=False)
     seconds: float = 0.0  # that the rank took to make it
     key: str = ""  # names these bytes, in the whole run, where later payloads may say what changed since; else empty
 

@@ -15,7 +15,7 @@ from mxdist.control.collect import RewardPool
 from mxdist.control.groups import LearnerGroup, RolloutPool
 from mxdist.control.nodes import alive_nodes, require_same_nodes
 from mxdist.control.placement import LearnerPlacement
-from mxdist.control.processes import LEARNER_NAME, start_learners, start_ray
+from mxdist.control.processes import LEARNER_NAME, ROLLOUT_NAME, start_learners, start_ray
 from mxdist.control.roster import Roster
 from mxdist.control.supervisor import Supervisor
 from mxdist.control.waits import wait_for
@@ -139,14 +139,14 @@ def _agree_on_modules(
     for index, report in enumerate(engines):
         theirs = list(report.quantised_modules)
         for line, full in _by_recipe(theirs, recipes):
-            console.note(f"rollout worker {index}: {line}", full=full)
+            console.note(f"{ROLLOUT_NAME} {index}: {line}", full=full)
         compare_modules(ours, theirs, quantises=bool(expected))
     memory = [
         f"learner rank {report.rank} {report.resident_mib:.0f} MiB ({report.parameters:,} parameters)"
         for report in learners
     ]
     memory += [
-        f"rollout worker {index} {report.resident_mib:.0f} MiB ({report.bytes_per_quantised_weight:.2f} bytes per "
+        f"{ROLLOUT_NAME} {index} {report.resident_mib:.0f} MiB ({report.bytes_per_quantised_weight:.2f} bytes per "
         "quantised weight)"
         for index, report in enumerate(engines)
     ]
@@ -163,7 +163,7 @@ def _agree_on_transport(
     console: Console,
 ) -> Way:
     places = {f"learner rank {report.rank}": report.device for report in reports}
-    places |= {f"rollout worker {index}": report.device for index, report in enumerate(engines)}
+    places |= {f"{ROLLOUT_NAME} {index}": report.device for index, report in enumerate(engines)}
     broadcasts = broadcast_lacks(config) is None
     transport = choose_transport(config.sync.transport, places, len(alive_nodes()), broadcasts)
     refusal = pool.cannot_map(learners.probes(), config.deadlines.start) if transport == "ipc" else None

@@ -29,6 +29,7 @@ from mxdist.doctor.activations import (
     scoring_bytes,
 )
 from mxdist.doctor.model_size import Numbers, engine, learner_stage, vocabulary
+from mxdist.sync.layout import versions_held
 
 MIB = 2**20
 CPU_SCRATCH = 9 * MIB  # the reference quantiser's work space on a CPU, kept between calls
@@ -102,9 +103,7 @@ def _learner_stage(config: Config, stage: int, on_gpu: bool) -> ProcessMemory:
 
 def _buckets(config: Config, numbers: Numbers) -> int:
     """What a sync's buckets take of the memory of the rank that sends the most: one that others leave it to."""
-    versions = {"host": 1, "delta": max(2, config.rollout.max_lag + 1)}.get(
-        config.sync.transport, config.rollout.max_lag + 1
-    )
+    versions = versions_held(config.sync.transport, config.rollout.max_lag + 1)
     held = (numbers.total - numbers.quantised) * element_bytes(config) + numbers.packed_bytes
     if config.learner.backend == "deepspeed":  # ranks take turns
         return versions * held // config.learner.ranks

@@ -42,6 +42,16 @@ class Outline:
     checked: tuple[str, ...]  # see ``TensorPlace``
 
 
+def versions_held(transport: object, keep: int) -> int:
+    """Versions of its buckets that a learner rank on a GPU holds.
+
+    Args:
+        transport: a ``Transport``.
+        keep: how many engines may still ask for, of a transport that leaves buckets with the learner.
+    """
+    return 1 if transport == "host" else max(2, keep) if transport == "delta" else keep
+
+
 def bytes_kind(part: str) -> BucketKind:
     """The kind of bucket for a part of a packed tensor."""
     return "codes" if part.endswith("codes") else "scales" if part.endswith("scales") else "bytes"

@@ -28,6 +28,7 @@ from mxdist.messages import (
 from mxdist.sync.broadcast import Sender
 from mxdist.sync.changes import changed_blocks
 from mxdist.sync.checks import bucket_sums, sums_of_bucket
+from mxdist.sync.layout import versions_held
 from mxdist.sync.shared import handle_of
 
 _WIDE = 8  # bytes that are copied as one number where everything allows it
@@ -67,7 +68,7 @@ class Outgoing:
         """Buckets to be filled: new ones on a CPU, on a GPU those that have been used the longest ago."""
         self._started = time.perf_counter()
         self._manifest, self._transport = manifest, transport
-        slots = 1 if transport == "host" else max(2, self._keep) if transport == "delta" else self._keep
+        slots = versions_held(transport, self._keep)
         if self.device.type == "cpu":
             self._buckets = self._new()
             self._ring = [] if transport in ("host", "ipc") else [*self._ring, self._buckets][-slots:]
