@@ -61,7 +61,8 @@ def train(config: ConfigFile, settings: Settings = None) -> None:
 def resume(run_dir: RunDir, settings: Settings = None) -> None:
     """Go on from a run's newest checkpoint.
 
-    Checkpoints that are damaged are passed over. Most settings may change, such as run.steps or the learner's layout.
+    Checkpoints that are damaged are passed over. Most settings may change, such as run.steps or the learner's layout;
+    what the checkpoint does not fit, such as another shape of the model, is refused before anything is started.
     """
     _protect_ray(_check_run(run_dir, settings))
     with ending_at_once():

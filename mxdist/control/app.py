@@ -75,25 +75,27 @@ class _PassedOver:
 def _train(config: Config, task: Task, run_dir: RunDirectory, measurement: Measurement | None = None) -> None:
     """Train to the end, from the newest checkpoint if there is one; from there again as the supervisor decides."""
     store = CheckpointStore(run_dir.path)
-    with (
-        Console(run_dir.path, config.run.steps) as console,
-        StopRequests() as stop,
-        running(config, task, run_dir.path, console, goes_on=bool(store.steps())) as system,
-    ):
-        session = _Session(config, task, run_dir, system, console, stop, measurement)
-        while True:
-            try:
-                session.train()
-                break
-            except ProcessFailure as failure:  # of a learner rank: the others are replaced where they are waited for
-                system.supervisor.take(failure)
-                console.phase("restarting the learner")
-                system.restart_learners(goes_on=bool(store.steps()))
-            except RollBack as reason:
-                system.supervisor.take(reason)
-                session.pass_over()
-                system.pool.forget_unfinished()
-        console.finished(run_dir.path)
+    with Console(run_dir.path, config.run.steps) as console, StopRequests() as stop:
+        checkpoint = store.newest(console.note)
+        if checkpoint:
+            _batches_ahead(checkpoint, config)  # what does not fit is refused before anything starts
+        learner_folder = checkpoint.learner_folder if checkpoint else None
+        with running(config, task, run_dir.path, console, learner_folder) as system:
+            session = _Session(config, task, run_dir, system, console, stop, measurement)
+            while True:
+                try:
+                    session.train(checkpoint)
+                    break
+                except ProcessFailure as failure:  # of a learner rank: others are replaced where they are waited for
+                    system.supervisor.take(failure)
+                    console.phase("restarting the learner")
+                    system.restart_learners(goes_on=bool(store.steps()))
+                except RollBack as reason:
+                    system.supervisor.take(reason)
+                    session.pass_over()
+                    system.pool.forget_unfinished()
+                checkpoint = store.newest(console.note)
+            console.finished(run_dir.path)
 
 
 @dataclass
@@ -109,17 +111,16 @@ class _Session:
     measurement: Measurement | None = None
     _passed_over: _PassedOver | None = None
 
-    def train(self) -> None:
-        """The loop, from the newest checkpoint to the end of the run."""
+    def train(self, checkpoint: Checkpoint | None) -> None:
+        """The loop, from ``checkpoint``, the newest, to the end of the run."""
         config, system, path, console = self.config, self.system, self.run_dir.path, self.console
         store = CheckpointStore(path, config.run.keep_checkpoints, config.run.keep_every)
-        checkpoint = store.newest(console.note)
         first_step = checkpoint.state.step if checkpoint else 0
         aqn = AqnController(config.aqn, checkpoint.state.aqn_steps if checkpoint else config.run.steps)
         self._collector = Collector(config, self.task, system.pool, system.rewards, aqn, Cursor(), first_step)
         if checkpoint:
             _restore(checkpoint, system, aqn, self._collector, console)
-            self.run_dir.save_config(config)  # only now is it known that the settings fit the checkpoint
+            self.run_dir.save_config(config)  # only now have the learners taken the checkpoint
         given_up: list[str] = []
         if self._passed_over and self._passed_over.base == first_step:
             self._collector.cursor, given_up = self._passed_over.cursor, self._passed_over.places
@@ -167,18 +168,24 @@ def _restore(
     state = checkpoint.state
     aqn.restore(state.aqn)
     collector.cursor = Cursor.restore(state.cursor)
-    collector.again.extend(read_records(checkpoint.ahead, SavedBatch))
-    wanted = collector.config.algorithm.prompts_per_step
-    if any(batch.prompts != wanted for batch in collector.again):
-        raise UserError(
-            f"algorithm.prompts_per_step={wanted} does not fit the batches of {collector.again[0].prompts} prompts "
-            f"that {checkpoint.folder} has sampled ahead; leave it as it was"
-        )
+    collector.again.extend(_batches_ahead(checkpoint, collector.config))
     system.learners.load(checkpoint.learner_folder)
     console.note(f"resumed from step {state.step}")
     changed = [f"{name} {old}, now {new}" for name, old, new in _differing(state.versions, versions())]
     if changed:
         console.note(f"the checkpoint was written with {', '.join(changed)}: numbers may differ in the last bits")
+
+
+def _batches_ahead(checkpoint: Checkpoint, config: Config) -> list[SavedBatch]:
+    """What it has sampled ahead. UserError when steps have another size now."""
+    batches, wanted = read_records(checkpoint.ahead, SavedBatch), config.algorithm.prompts_per_step
+    for batch in batches:
+        if batch.prompts != wanted:
+            raise UserError(
+                f"algorithm.prompts_per_step={wanted} does not fit the batches of {batch.prompts} prompts that "
+                f"{checkpoint.folder} has sampled ahead; leave it as it was"
+            )
+    return batches
 
 
 def _differing(old: dict[str, str], new: dict[str, str]) -> list[tuple[str, str, str]]:

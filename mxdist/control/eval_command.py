@@ -98,8 +98,7 @@ def _decoding(config: Config, samples: int, temperature: float | None) -> Decodi
 def _answers(subject: _Subject, variant: Config, decoding: Decoding, console: Console) -> list[ScoredGroup]:
     """All processes up with the weights of one recipe, asked, and stopped again."""
     problems = len(subject.task.eval_prompts())
-    goes_on = subject.learner_folder is not None
-    with running(variant, subject.task, subject.path, console, goes_on) as system:
+    with running(variant, subject.task, subject.path, console, subject.learner_folder) as system:
         if subject.learner_folder is not None:
             system.learners.load(subject.learner_folder)
         sync = WeightSync(system.learners, system.pool, system.transport, variant)

@@ -22,6 +22,7 @@ from mxdist.control.waits import wait_for
 from mxdist.control.weights import Way
 from mxdist.control.workers import reward_workers, rollout_workers
 from mxdist.errors import ProcessFailure, UserError
+from mxdist.learner.checkpoint_folder import raise_if_unfit
 from mxdist.messages import EngineReport, LearnerReport
 from mxdist.model.checkpoint_contents import open_checkpoint
 from mxdist.model.linear_names import linear_names
@@ -52,7 +53,7 @@ class System:
         """Replace every learner rank; what the other processes have under way is of no interest any more.
 
         Args:
-            goes_on: see ``running``.
+            goes_on: there is a checkpoint of the run to load, so that ``model.path`` is not needed.
         """
         _dismiss_learners(self.supervisor, self.placement)
         self.pool.forget_unfinished()
@@ -62,11 +63,16 @@ class System:
 
 
 @contextmanager
-def running(config: Config, task: Task, run_path: Path, console: Console, goes_on: bool = False) -> Iterator[System]:
+def running(
+    config: Config, task: Task, run_path: Path, console: Console, learner_folder: Path | None = None
+) -> Iterator[System]:
     """Start Ray and every process, and stop them all on the way out, whatever happened.
 
     Args:
-        goes_on: the learner's weights will be those of a checkpoint of the run, so that ``model.path`` is not needed.
+        learner_folder: of the checkpoint of the run that the learner's weights will be those of, if any;
+            ``model.path`` is then not needed.
+    Raises:
+        UserError: the checkpoint, or that of ``model.path``, does not fit; before anything is started.
     """
     model_recipes(config)  # refuses overrides that do not fit the model
     tokenizer = task.tokenizer
@@ -77,8 +83,11 @@ def running(config: Config, task: Task, run_path: Path, console: Console, goes_o
         tokenizer.stop_token_ids,
         tokenizer.pad_token_id,
     )
-    if config.model.path is not None and not goes_on:
-        open_checkpoint(model_directory(config.model.path), shape)  # its faults, before any process is started
+    goes_on = learner_folder is not None
+    if learner_folder is not None:
+        raise_if_unfit(learner_folder, config.learner, shape)
+    elif config.model.path is not None:
+        open_checkpoint(model_directory(config.model.path), shape)
     supervisor = Supervisor(config, Roster(run_path), console.note)
     console.phase("starting Ray")
     try:

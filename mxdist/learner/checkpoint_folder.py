@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mxdist.config.schema import LearnerConfig
 from mxdist.errors import CheckpointFailed, UserError
 from mxdist.learner import random_state
 from mxdist.model.run_weights import SHAPE_FILE
@@ -42,6 +43,16 @@ def write_small_files(directory: Path, shape: ModelShape, tracked: Mapping[str, 
         raise CheckpointFailed(f"the learner's checkpoint could not be written: {reason or 'see another rank'}")
 
 
+def raise_if_unfit(directory: Path, section: LearnerConfig, shape: ModelShape) -> None:
+    """What a learner refuses to load, found without one: UserError when the folder is of another backend, of another
+    stage of ZeRO, or of another model.
+    """
+    raise_if_other_backend(directory, section.backend)
+    if section.backend == "deepspeed":
+        raise_if_other_stage(directory, section.zero_stage)
+    raise_if_other_model(directory, shape)
+
+
 def raise_if_other_backend(directory: Path, backend: str) -> None:
     """UserError when the folder was written with another ``learner.backend``."""
     writer = "deepspeed" if (directory / ZERO_FILE).exists() else "megatron"
@@ -49,6 +60,16 @@ def raise_if_other_backend(directory: Path, backend: str) -> None:
         raise UserError(
             f"the checkpoint {directory} was written with learner.backend={writer}, which {backend} cannot go on from; "
             f"set learner.backend={writer}"
+        )
+
+
+def raise_if_other_stage(directory: Path, stage: int) -> None:
+    """UserError when DeepSpeed wrote the folder with another stage of ZeRO, which it cannot load."""
+    saved = json.loads((directory / ZERO_FILE).read_text())["zero_stage"]
+    if saved != stage:
+        raise UserError(
+            f"the checkpoint {directory} was written with learner.zero_stage={saved}, which cannot go on as "
+            f"learner.zero_stage={stage}; set it to {saved}"
         )
 
 

@@ -23,9 +23,15 @@ from pathlib import Path
 import torch
 from deepspeed.checkpoint import ds_to_universal
 
-from mxdist.errors import CheckpointFailed, UserError
+from mxdist.errors import CheckpointFailed
 from mxdist.learner import random_state
-from mxdist.learner.checkpoint_folder import ZERO_FILE, raise_if_other_backend, raise_if_other_model, write_small_files
+from mxdist.learner.checkpoint_folder import (
+    ZERO_FILE,
+    raise_if_other_backend,
+    raise_if_other_model,
+    raise_if_other_stage,
+    write_small_files,
+)
 from mxdist.learner.zero_policy import ZeroPolicy
 from mxdist.model.checkpoint_writer import Planned, write_checkpoint
 from mxdist.model.hf_tensors import HfTensor
@@ -63,11 +69,7 @@ def load(directory: Path, policy: ZeroPolicy, shape: ModelShape) -> None:
     raise_if_other_backend(directory, "deepspeed")
     raise_if_other_model(directory, shape)
     saved, here = json.loads((directory / ZERO_FILE).read_text()), _layout(policy)
-    if saved["zero_stage"] != here["zero_stage"]:
-        raise UserError(
-            f"the checkpoint {directory} was written with learner.zero_stage={saved['zero_stage']}, which cannot go on "
-            f"as learner.zero_stage={here['zero_stage']}; set it to {saved['zero_stage']}"
-        )
+    raise_if_other_stage(directory, here["zero_stage"])
     settings = [{**group, "params": None} for group in policy.engine.optimizer.param_groups]
     forget(policy.model)
     if saved == here:

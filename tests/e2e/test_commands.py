@@ -109,7 +109,8 @@ def test_a_checkpoint_of_another_model_is_refused(trained: Outcome, run_dir: Pat
     outcome = mxdist("resume", run_dir, "run.steps=3", "model.num_hidden_layers=3", cwd=run_dir.parent)
     assert outcome.code == 2
     assert "num_hidden_layers" in outcome.err
-    assert "Traceback" not in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+    assert "starting" not in outcome.out  # Ray, or anything
     # The refused settings have not replaced the run's own.
     assert "num_hidden_layers: 2" in (run_dir / "config.yaml").read_text()
 
