@@ -148,7 +148,7 @@ def decompose(
     """Where a checkpoint's error comes from.
 
     Splits the error of quantising its weights exactly into scale, deadzone and grid, for every linear that a recipe
-    quantises.
+    quantises. Of a run the newest checkpoint that is not damaged is taken, as by resume.
     """
     with ending_at_once():
         from mxdist.decomposition import command

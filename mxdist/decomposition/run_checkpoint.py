@@ -10,23 +10,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mxdist.control.checkpoints import CheckpointStore
 from mxdist.decomposition.source import Read, Source, StoredTensor
 from mxdist.errors import UserError
 from mxdist.model.checkpoint_files import Region
 from mxdist.model.run_safetensors import open_run_weights
 from mxdist.model.run_weights import SHAPE_FILE
-from mxdist.observe.run_directory import CHECKPOINTS, CONFIG_FILE, LEARNER_FOLDER, checkpoint_folders
+from mxdist.observe.run_directory import CHECKPOINTS, CONFIG_FILE, LEARNER_FOLDER
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class RunSource(Source):
-    """The newest checkpoint of a run directory, or the one whose directory (checkpoints/step_N) is given."""
+    """The checkpoint of a run directory that `mxdist resume` would take, the newest that is whole; or the one whose
+    directory (checkpoints/step_N) is given."""
 
     portion_elements = sys.maxsize  # a matrix is read once, whole
 
     def __init__(self, path: Path) -> None:
-        """Read the metadata.
+        """Read the metadata, and print to standard error which newer checkpoints are passed over.
 
         Raises:
             UserError: there is no complete checkpoint, or it is damaged.
@@ -58,7 +60,7 @@ def is_run(path: Path) -> bool:
 def _learner_folder(path: Path) -> Path:
     if (path / LEARNER_FOLDER / SHAPE_FILE).is_file():
         return path / LEARNER_FOLDER
-    folders = checkpoint_folders(path)
-    if not folders:
+    checkpoint = CheckpointStore(path).newest(lambda line: print(line, file=sys.stderr))
+    if checkpoint is None:
         raise UserError(f"the run {path} has no complete checkpoint yet; wait for one, or give another PATH")
-    return folders[max(folders)] / LEARNER_FOLDER
+    return checkpoint.learner_folder

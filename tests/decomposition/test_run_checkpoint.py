@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from mxdist.config.schema import ModelConfig
+from mxdist.control.checkpoints import CheckpointStore, ControllerState
 from mxdist.decomposition.command import open_source
 from mxdist.decomposition.run_checkpoint import RunSource
 from mxdist.decomposition.selection import select
 from mxdist.decomposition.survey import survey
 from mxdist.errors import UserError
 from mxdist.quant.recipe import Operand
-from tests.model.ranks import DENSE, MOE, RankProcesses
+from tests.model.ranks import DENSE, MOE, Learners, RankProcesses
 
 
 @pytest.fixture(scope="module")
@@ -23,17 +24,23 @@ def ranks() -> Iterator[RankProcesses]:
     processes.close()
 
 
+def save(learners: Learners, store: CheckpointStore, step: int) -> Path:
+    """The folder of a complete checkpoint."""
+    partial = store.begin(step)
+    learners.call("save", partial / "learner")
+    learners.call("save_finished", True)
+    return store.complete(partial, ControllerState(step, {}, {}, 10, "bf16", {}))
+
+
 @pytest.mark.parametrize(("model", "count"), [(MOE, 2), (DENSE, 1)])
 def test_every_tensor_is_what_the_learner_exports(
     ranks: RankProcesses, tmp_path: Path, model: ModelConfig, count: int
 ) -> None:
-    learner = tmp_path / "checkpoints" / "step_3" / "learner"
-    learner.mkdir(parents=True)
-    (tmp_path / "checkpoints" / "step_12.partial").mkdir()
+    store = CheckpointStore(tmp_path)
     with ranks.learners(model, "bf16", count) as learners:
         payloads = learners.call("export", 0)
-        learners.call("save", learner)
-        learners.call("save_finished", True)
+        learner = save(learners, store, 3) / "learner"
+    store.begin(12)
     exported = {entry.name: entry.parts["values"] for payload in payloads for entry in payload.entries}
     source = open_source(tmp_path)
     assert isinstance(source, RunSource)
@@ -53,8 +60,27 @@ def test_every_tensor_is_what_the_learner_exports(
     with pytest.raises(UserError, match=r"in the checkpoint .*step_3/learner is missing or damaged"):
         survey(source, linears, {"mxfp4": Operand()})
     (learner / ".metadata").write_bytes(b"no pickle")
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match=r"the checkpoint .*step_3/learner is damaged"):
+        open_source(learner.parent)
+    with pytest.raises(UserError, match=r"every checkpoint in .*checkpoints is damaged"):
         open_source(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_passed_over_as_by_resume(
+    ranks: RankProcesses, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = CheckpointStore(tmp_path)
+    with ranks.learners(DENSE, "bf16", 1) as learners:
+        _, newest = save(learners, store, 3), save(learners, store, 12)
+    assert open_source(tmp_path).title.endswith("(step_12)")
+    victim = min((newest / "learner").glob("*.distcp"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    capfd.readouterr()
+    assert open_source(tmp_path).title.endswith("(step_3)")
+    [note] = capfd.readouterr().err.splitlines()
+    assert "step_12 is passed over: the checksum of learner/" in note
 
 
 def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
