@@ -1,4 +1,7 @@
-"""Which learner layouts a model can be divided over. Raises ValueError, for the validators of ``schema``."""
+"""Which shapes a model can have, and over which layouts of processes it can be divided.
+
+Raises ValueError, for the validators of ``schema``.
+"""
 
 import math
 from typing import TYPE_CHECKING
@@ -11,6 +14,39 @@ BLOCK = 32
 
 MACRO_BLOCK = 128
 """Elements that share a macro-block factor."""
+
+
+def check_shape(model: "ModelConfig") -> None:
+    """Raise ValueError, one sentence, when its keys contradict each other, or a width is no whole number of blocks."""
+    if model.num_attention_heads % model.num_key_value_heads:
+        raise ValueError(
+            f"num_key_value_heads={model.num_key_value_heads} does not divide num_attention_heads="
+            f"{model.num_attention_heads}; choose a divisor"
+        )
+    if model.num_experts and model.num_experts_per_tok > model.num_experts:
+        raise ValueError(
+            f"num_experts_per_tok={model.num_experts_per_tok} is more than num_experts={model.num_experts}; lower it"
+        )
+    if model.num_experts and model.family == "qwen2":
+        raise ValueError("family=qwen2 has no experts here; use family=qwen3, or set num_experts=0")
+    if model.family == "qwen2" and model.num_attention_heads * model.head_dim != model.hidden_size:
+        raise ValueError(
+            f"family=qwen2 has heads of hidden_size / num_attention_heads, but num_attention_heads * head_dim = "
+            f"{model.num_attention_heads * model.head_dim} and hidden_size={model.hidden_size}; make them equal"
+        )
+    if model.num_experts and model.num_experts_per_tok == 1:
+        raise ValueError(
+            "num_experts_per_tok=1 leaves the router without a gradient, its one probability being "
+            "always 1; use at least 2"
+        )
+    for key in ("hidden_size", "moe_intermediate_size", "intermediate_size"):
+        if getattr(model, key) % BLOCK:
+            raise ValueError(f"{key}={getattr(model, key)} is not a multiple of {BLOCK}, the MXFP4 block; round it up")
+    if model.num_attention_heads * model.head_dim % BLOCK:
+        raise ValueError(
+            f"num_attention_heads * head_dim = {model.num_attention_heads * model.head_dim} is not a "
+            f"multiple of {BLOCK}, the MXFP4 block; change one of them"
+        )
 
 
 def check_layout(model: "ModelConfig", learner: "LearnerConfig", quantum: int) -> None:

@@ -1,7 +1,8 @@
 """Every setting of a run, with its meaning, its unit and its bounds.
 
 One frozen pydantic model per section. Unknown keys are errors (``load`` adds the suggestion). A rule that spans
-sections lives in ``Config`` so that it is checked before Ray or torch is imported.
+sections lives in ``Config`` so that it is checked before Ray or torch is imported. The longer rules are in ``layout``
+and ``turns``.
 """
 
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from mxdist.config.layout import BLOCK, MACRO_BLOCK, check_engine_layout, check_layout
+from mxdist.config.layout import BLOCK, MACRO_BLOCK, check_engine_layout, check_layout, check_shape
 from mxdist.config.turns import check_turns
 
 PositiveSeconds = Annotated[float, Field(gt=0)]
@@ -84,36 +85,8 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of activations and unquantised weights.")
 
     @model_validator(mode="after")
-    def _divides(self) -> "ModelConfig":
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads={self.num_key_value_heads} does not divide num_attention_heads="
-                f"{self.num_attention_heads}; choose a divisor"
-            )
-        if self.num_experts and self.num_experts_per_tok > self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}; lower it"
-            )
-        if self.num_experts and self.family == "qwen2":
-            raise ValueError("family=qwen2 has no experts here; use family=qwen3, or set num_experts=0")
-        if self.family == "qwen2" and self.num_attention_heads * self.head_dim != self.hidden_size:
-            raise ValueError(
-                f"family=qwen2 has heads of hidden_size / num_attention_heads, but num_attention_heads * head_dim = "
-                f"{self.num_attention_heads * self.head_dim} and hidden_size={self.hidden_size}; make them equal"
-            )
-        if self.num_experts and self.num_experts_per_tok == 1:
-            raise ValueError(
-                "num_experts_per_tok=1 leaves the router without a gradient, its one probability being "
-                "always 1; use at least 2"
-            )
-        for key in ("hidden_size", "moe_intermediate_size", "intermediate_size"):
-            if getattr(self, key) % 32:
-                raise ValueError(f"{key}={getattr(self, key)} is not a multiple of 32, the MXFP4 block; round it up")
-        if self.num_attention_heads * self.head_dim % 32:
-            raise ValueError(
-                f"num_attention_heads * head_dim = {self.num_attention_heads * self.head_dim} is not a "
-                f"multiple of 32, the MXFP4 block; change one of them"
-            )
+    def _shape(self) -> "ModelConfig":
+        check_shape(self)
         return self
 
 
