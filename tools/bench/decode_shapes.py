@@ -14,7 +14,6 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from statistics import median
 
@@ -45,10 +44,10 @@ FORMS = {
 }  # fmt: skip
 # Width, warps, stages, tiles of a step of products in FP8, by the rows of a program.
 TILE_FORMS = {
-    16: ((64, 4, 4, 1), (64, 4, 6, 1), (64, 4, 3, 2), (128, 4, 4, 1), (128, 8, 4, 1)),
-    32: ((64, 4, 4, 1), (64, 4, 6, 1), (64, 4, 3, 2), (128, 4, 4, 1), (128, 8, 4, 1)),
-    64: ((64, 4, 4, 1), (128, 8, 3, 1), (128, 4, 3, 1)),
-    128: ((128, 8, 3, 1), (64, 4, 3, 1)),
+    16: ((64, 4, 3, 2), (64, 4, 4, 2), (64, 4, 2, 4), (64, 4, 3, 4), (128, 4, 3, 2)),
+    32: ((64, 4, 3, 2), (64, 4, 4, 2), (64, 4, 2, 4), (64, 4, 3, 4), (128, 4, 3, 2)),
+    64: ((64, 4, 3, 2), (64, 4, 2, 2), (64, 4, 3, 1), (64, 4, 5, 2)),
+    128: ((128, 8, 3, 2), (64, 4, 2, 2), (64, 4, 3, 1)),
 }
 PROGRAMS = (1.0, 2.5)
 """Programs for a multiprocessor that splitting aims at."""
@@ -75,16 +74,17 @@ def _half_shapes(outputs: int, inputs: int, batch: int, residual: bool) -> Itera
     yield shape_of(height, outputs, inputs, 1, MULTIPROCESSORS, residual)
     for width, depth, warps, shares, stages in FORMS[8 if height <= 16 else 32]:
         for split in _splits(triton.cdiv(outputs, width), inputs // depth):
-            yield Shape(width, depth, warps, shares, stages, split)
+            for ahead in (False, True):
+                yield Shape(width, depth, warps, shares, stages, split, ahead)
 
 
 def _tile_shapes(outputs: int, inputs: int, batch: int) -> Iterator[TileShape]:
     present = tile_shape_of(batch, outputs, inputs // TILE, MULTIPROCESSORS)
     yield present
-    for height in {present.height, 64} if batch > 64 else {present.height}:
-        for width, warps, stages, deep in TILE_FORMS[height]:
+    for height in {present.height, 128} if batch > 64 else {present.height}:
+        for width, warps, stages, group in TILE_FORMS[height]:
             for split in _splits(triton.cdiv(outputs, width) * triton.cdiv(batch, height), inputs // TILE // 2):
-                yield TileShape(height, width, warps, stages, deep, split)
+                yield TileShape(height, width, warps, stages, group, split)
 
 
 def _splits(programs: int, most: int) -> list[int]:
@@ -189,14 +189,8 @@ def _bf16(outputs: int, inputs: int, batch: int) -> float:
     return microseconds(partial(_multiply_plain, x, copies), len(copies))
 
 
-def _started_ahead(shape: Shape | TileShape) -> list[Shape | TileShape]:
-    if isinstance(shape, TileShape):
-        return [replace(shape, ahead=True)]
-    return [replace(shape, ahead=how) for how in (1, 2)]
-
-
 def main() -> None:
-    """Time every cut, then the best two of each product started ahead; print the fastest."""
+    """Time every cut; print the fastest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="mxfp4")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
@@ -206,11 +200,6 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(1, min(14, (os.cpu_count() or 2) - 1)), context) as pool:
         times = measure(prepared(pool, [(*product, cut) for product in products for cut in shapes(*product)]))
-        ahead = []
-        for product in products:
-            best = sorted((case for case in times if case[:4] == product), key=lambda case: times[case])[:2]
-            ahead += [(*product, shape) for case in best for shape in _started_ahead(case[4])]
-        times |= measure(prepared(pool, ahead))
     totals, plain = dict.fromkeys(batches, 0.0), dict.fromkeys(batches, 0.0)
     for product in products:
         outputs, inputs, batch, _ = product

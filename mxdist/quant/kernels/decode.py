@@ -3,9 +3,10 @@
     y = Q(x) W^T    x [M, K], W packed; float32 accumulation, rounded once
 
 With few rows a product takes as long as reading W, so a quarter of the bytes counts and arithmetic on x does not.
-`decode_tiles` multiplies 16-bit x that it quantises with weights of one term in FP8; `decode_halves` fewer rows, those
-that come quantised, experts, and weights of two terms, in blocks of 32; the kernel here does all else, float32 x and
-blocks of 16, and rounds weights to x's dtype first. All add partial sums in a fixed order: the same x gives the same y.
+`decode_tiles` multiplies 16-bit x that it quantises with weights of one term in FP8; `decode_halves` very few rows with
+few outputs, those that come quantised, experts, and weights of two terms, in blocks of 32; the kernel here does all
+else, float32 x and blocks of 16, and rounds weights to x's dtype first. All add partial sums in a fixed order: the same
+x gives the same y.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ WIDTH, DEPTH = 64, 128
 WARPS, STAGES = 4, 4
 PROGRAMS_PER_MULTIPROCESSOR = 3
 HALVES_ROWS = 8
-"""Rows up to which `decode_halves` is faster than `decode_tiles`, where both can."""
+"""Rows up to which `decode_halves` is faster than `decode_tiles` for few outputs, where both can."""
 
 
 @triton.jit
@@ -121,7 +122,7 @@ def _launch(
         return torch.zeros(rows, outputs, dtype=x.dtype, device=device)
     if x.stride(1) != 1:
         x = x.contiguous()
-    if groups is None and operand is not None and _in_tiles(x, weight.operand, operand):
+    if groups is None and operand is not None and _in_tiles(x, weight, operand):
         cut = tile_shape_of(rows, outputs, k // TILE, _multiprocessors(device))
         return multiply_tiles(x, weight, bias, operand, cut)
     height = groups.height if groups else tile_height(rows)
@@ -146,10 +147,13 @@ def _launch(
     return (total if bias is None else total + bias).to(x.dtype)
 
 
-def _in_tiles(x: Tensor, weight: Operand, operand: Operand) -> bool:
-    """True where FP8 tensor cores are there and faster: not for rows so few that most of their work is for nothing."""
-    halves = x.dtype in (torch.bfloat16, torch.float16) and len(x) > HALVES_ROWS
-    return halves and runs_in_tiles(weight, x.shape[1], operand) and device_lacks(x.device) is None
+def _in_tiles(x: Tensor, weight: MXTensor, operand: Operand) -> bool:
+    """True where FP8 tensor cores are there and faster: not for few rows and outputs, which they leave half idle."""
+    (rows, k), device = x.shape, x.device
+    if x.dtype not in (torch.bfloat16, torch.float16) or not runs_in_tiles(weight.operand, k, operand):
+        return False
+    narrow = decode_halves.is_narrow(tile_height(rows), weight.shape[0], k, 1, _multiprocessors(device))
+    return device_lacks(device) is None and not (narrow and rows <= HALVES_ROWS)
 
 
 def _split(k: int, tiles: int, multiprocessors: int) -> tuple[int, int]:

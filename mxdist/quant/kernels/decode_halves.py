@@ -129,39 +129,6 @@ def _macro_bytes(macro_row, block, blocks, MACRO: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(codes, row, rows, width, first, WIDTH: tl.constexpr, BYTES: tl.constexpr, THREADS: tl.constexpr):
-    """Ask for BYTES bytes from `first` of the rows from `row` to be brought into the L2 cache, a piece a thread."""
-    PIECES: tl.constexpr = THREADS // WIDTH
-    i = tl.arange(0, THREADS)
-    start = codes + tl.minimum(row + i // PIECES, rows - 1).to(tl.int64) * width
-    piece = (start + tl.minimum(first, width - BYTES) + i % PIECES * (BYTES // PIECES)).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
-        "=r,l,r",
-        [piece, tl.full([THREADS], BYTES // PIECES, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _begin(
-    codes, residual_codes, part, outputs, code_width,
-    AHEAD: tl.constexpr, FALLBACK: tl.constexpr, WIDTH: tl.constexpr, BYTES: tl.constexpr, THREADS: tl.constexpr,
-):  # fmt: skip
-    """Wait for the kernel ahead of one started early; see `Shape.ahead`."""
-    if AHEAD == 2:
-        first = tl.program_id(0) * WIDTH
-        _prefetch(codes, first, outputs, code_width, part * BYTES, WIDTH, BYTES, THREADS)
-        if FALLBACK:
-            _prefetch(residual_codes, first, outputs, code_width, part * BYTES, WIDTH, BYTES, THREADS)
-    if AHEAD > 0:
-        gdc_wait()  # all that is read or written from here on may be of the kernel ahead
-        gdc_launch_dependents()  # not sooner: kernels that wait would pile up and take the room of this one
-
-
-@triton.jit
 def _right(held, SHARES: tl.constexpr, BLOCKS: tl.constexpr):
     """Rows [BM, 32 BLOCKS] as right operands of every share: [BLOCKS SHARES, 32, BM]."""
     right = tl.permute(tl.reshape(held, [held.shape[0], BLOCKS, 32]), [1, 2, 0])
@@ -202,7 +169,9 @@ def _product(
     SHARE: tl.constexpr = WIDTH // SHARES
     ALONG: tl.constexpr = THREADS // 32 // SHARES  # warps along K
     tile, part = tl.program_id(1), tl.program_id(2)
-    _begin(codes, residual_codes, part, outputs, code_width, AHEAD, FALLBACK, WIDTH, LENGTH // 2, THREADS)
+    if AHEAD:
+        gdc_wait()  # all that is read or written from here on may be of the kernel ahead
+        gdc_launch_dependents()  # not sooner: kernels that wait would pile up and take the room of this one
     expert, start, stop = _tile(table, tile, rows, BM)
     if start >= stop:
         return
@@ -261,7 +230,7 @@ class Shape:
     shares  parts of the outputs, each with as many of the warps, which share out the blocks of a step
     stages  of the pipeline
     split   programs along K
-    ahead   1: the kernels start before those ahead of them end, and wait for them; 2: meanwhile weights are asked for
+    ahead   the kernels start before those ahead of them end, and wait for them
 
     A part has at least 16 outputs, and a step at least a block for each of its warps. Sums over several warps go
     through shared memory at the end, which costs more than it gains when there are more than two or four.
@@ -273,7 +242,12 @@ class Shape:
     shares: int
     stages: int
     split: int
-    ahead: int = 0
+    ahead: bool = False
+
+
+def is_narrow(height: int, outputs: int, k: int, tiles: int, multiprocessors: int) -> bool:
+    """Whether programs of 16 outputs are needed to fill the GPU, and come before splitting, whose end takes time."""
+    return height <= 16 and triton.cdiv(outputs, 64) * tiles < multiprocessors // 2 and k <= 4096
 
 
 def shape_of(height: int, outputs: int, k: int, tiles: int, multiprocessors: int, residual: int = 0) -> Shape:
@@ -281,16 +255,15 @@ def shape_of(height: int, outputs: int, k: int, tiles: int, multiprocessors: int
 
     residual  weights have a second term
     """
-    few = triton.cdiv(outputs, 64) * tiles < multiprocessors // 2
-    if height <= 16 and few and k <= 4096:  # narrow programs come before splitting, whose end takes microseconds
-        return Shape(16, 512, 4, 1, stages=4, split=1, ahead=1)
+    if is_narrow(height, outputs, k, tiles, multiprocessors):
+        return Shape(16, 512, 4, 1, stages=4, split=1, ahead=True)
     # With more rows there are more sums for the same registers.
     narrow = height > 32 or (height > 16 and residual)
     width, depth, shares = (32, 128, 2) if narrow else (64, 128, 4) if height > 16 else (64, 256, 4)
     programs = triton.cdiv(outputs, width) * tiles
     split = max(1, min(multiprocessors // programs, triton.cdiv(k, 512)))
     # Programs that wait take the place of those whose sums others wait for.
-    return Shape(width, depth, 4, shares, stages=4, split=split, ahead=int(split == 1))
+    return Shape(width, depth, 4, shares, stages=4, split=split, ahead=split == 1)
 
 
 def multiply_halves(
@@ -310,11 +283,8 @@ def multiply_halves(
         scales, residual_scales = (
             None if part is None else part.view(torch.int32) for part in (scales, residual_scales)
         )
-    ahead = shape.ahead if may_overlap(device) else 0
-    threads, row_bytes = 32 * shape.warps, length // 2
-    if ahead == 2 and (table is not None or source.widths[0] < row_bytes or row_bytes * shape.width % (16 * threads)):
-        ahead = 1  # the prefetch cuts rows of dense weights evenly, into sixteens of bytes
-    values, units = quantise_halves(x, operand, length * split, early=ahead > 0)
+    ahead = shape.ahead and may_overlap(device)
+    values, units = quantise_halves(x, operand, length * split, early=ahead)
     columns, tiles = triton.cdiv(outputs, shape.width), triton.cdiv(rows, height) if table is None else len(table)
     # The interpreter casts to bfloat16 by cutting bits off.
     out = torch.empty(rows, outputs, dtype=torch.float32 if INTERPRETED.value else x.dtype, device=device)
@@ -326,8 +296,8 @@ def multiply_halves(
         finished(device, columns * tiles) if split > 1 else None,
         rows, outputs, source.widths[0], blocks // unit, source.widths[2],
         LENGTH=length, SPLIT=split, BM=height, WIDTH=shape.width, SHARES=shape.shares, DEPTH=shape.depth,
-        EVEN=blocks * BLOCK == length * split, AHEAD=ahead, THREADS=threads, UNIT=unit, STAGES=shape.stages,
-        **constants, num_warps=shape.warps, num_stages=shape.stages, launch_pdl=ahead > 0,
+        EVEN=blocks * BLOCK == length * split, AHEAD=ahead, THREADS=32 * shape.warps, UNIT=unit, STAGES=shape.stages,
+        **constants, num_warps=shape.warps, num_stages=shape.stages, launch_pdl=ahead,
     )  # fmt: skip
     return out.to(x.dtype)
 

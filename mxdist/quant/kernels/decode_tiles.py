@@ -8,10 +8,13 @@ the nibbles are looked up in. A tile is summed up by the tensor cores, and tiles
 `unpack` gives. Their 14 bits are exact for blocks a few binades apart; beyond, bits far below the largest product are
 lost, at most 2^-12.5 of the sum of magnitudes. The contraction may be split over programs: the last of them to finish
 adds the partial sums, always in one order.
+
+Kernels start before those ahead of them end, and wait for them: launching takes as long as some products.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -127,43 +130,64 @@ def _tile_sums(byte, word, shifts, held, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _macro_byte(macro_row, tile, tiles, METHOD: tl.constexpr):
-    """Macro bytes [WIDTH] of a tile; 0 past the end of a row."""
-    if METHOD == 0:
-        return 0
+def _columns(held, WIDTH: tl.constexpr, COUNT: tl.constexpr):
+    """The COUNT columns of [WIDTH, COUNT], 1, 2 or 4 of them; the last again where there are fewer than four."""
+    if COUNT == 1:
+        first = tl.reshape(held, [WIDTH])
+        return first, first, first, first
+    elif COUNT == 2:
+        first, second = tl.split(held)
+        return first, second, second, second
     else:
-        return tl.load(macro_row + tile, mask=tile < tiles, other=0)
+        even, odd = tl.split(tl.reshape(held, [WIDTH, 2, 2]))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        return first, second, third, fourth
 
 
-@triton.jit(do_not_specialize=["rows", "tiles", "length"])
+@triton.jit
+def _macro_bytes(macro, row, tile, tiles, WIDTH: tl.constexpr, GROUP: tl.constexpr, METHOD: tl.constexpr):
+    """Macro bytes [WIDTH, GROUP] of tiles from `tile` on; zeros past the end of a row, and without macro factors."""
+    if METHOD == 0:
+        return tl.zeros((WIDTH, GROUP), tl.uint8)
+    else:
+        n = (tile + tl.arange(0, GROUP))[None, :]
+        return tl.load(macro + row[:, None] * tiles + n, mask=n < tiles, other=0)
+
+
+@triton.jit(do_not_specialize=["rows", "groups", "length"])
 def _product(
-    x, x_stride, x_scale, x_scale_stride, codes, scale_words, macro, shift_table, bias, out, partial, finished,
-    rows, outputs, tiles, length,
-    SPLIT: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, DEEP: tl.constexpr, METHOD: tl.constexpr,
-    AHEAD: tl.constexpr, STAGES: tl.constexpr,
+    x, x_stride, x_scale, codes, scale_words, macro, shift_table, bias, out, partial, finished,
+    rows, outputs, groups, length,
+    SPLIT: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, METHOD: tl.constexpr,
+    EARLY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    first_tile = tl.program_id(2) * length
+    tiles, first_group = groups * GROUP, tl.program_id(2) * length
     column, r = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH), tl.program_id(1) * BM + tl.arange(0, BM)
     weight_row = tl.minimum(column, outputs - 1).to(tl.int64)  # beyond the end, any will do
     shifts = tl.load(shift_table + tl.arange(0, 4))[None, :]  # from memory: Triton then loads all in one layout
-    if AHEAD:
+    if EARLY:
         gdc_wait()  # all that is read or written from here on may be of the kernel ahead
         gdc_launch_dependents()  # not sooner: kernels that wait would pile up and take the room of this one
+    group = tl.arange(0, GROUP)[None, :]
     byte_pointers = codes + weight_row[:, None] * (tiles * 64) + tl.arange(0, 64)[None, :]
-    word_pointers = scale_words + weight_row * tiles
-    macro_row = macro + weight_row * tiles if METHOD != 0 else codes
+    word_pointers = scale_words + weight_row[:, None] * tiles + group
     held_pointers = x + r.to(tl.int64)[:, None] * x_stride + tl.arange(0, 128)[None, :]
+    x_scale_pointers = x_scale + r.to(tl.int64)[:, None] * tiles + group
     total = tl.zeros((WIDTH, BM), tl.float32)
-    macro_byte = _macro_byte(macro_row, first_tile, tiles, METHOD)
-    for t in tl.range(first_tile, tl.minimum(first_tile + length, tiles), DEEP, num_stages=STAGES):
-        for i in tl.static_range(DEEP):
-            next_byte = _macro_byte(macro_row, t + i + 1, tiles, METHOD)  # ahead: too few bytes for the pipeline
-            word, byte = tl.load(word_pointers + (t + i)), tl.load(byte_pointers + (t + i) * 64)
-            held = tl.load(held_pointers + (t + i) * 128)
-            x_factor = tl.load(x_scale + (t + i) * x_scale_stride + r)
-            sums, unit = _tile_sums(byte, word, shifts, held, WIDTH)
-            total += sums * (_factor(unit, macro_byte, METHOD)[:, None] * x_factor[None, :])
-            macro_byte = next_byte
+    macro_bytes = _macro_bytes(macro, weight_row, first_group * GROUP, tiles, WIDTH, GROUP, METHOD)
+    for g in tl.range(first_group, tl.minimum(first_group + length, groups), num_stages=STAGES):
+        t = g * GROUP
+        # A step ahead: too few bytes for the pipeline.
+        next_bytes = _macro_bytes(macro, weight_row, t + GROUP, tiles, WIDTH, GROUP, METHOD)
+        words = _columns(tl.load(word_pointers + t), WIDTH, GROUP)
+        x_factors = _columns(tl.load(x_scale_pointers + t), BM, GROUP)
+        macros = _columns(macro_bytes, WIDTH, GROUP)
+        for i in tl.static_range(GROUP):
+            byte, held = tl.load(byte_pointers + (t + i) * 64), tl.load(held_pointers + (t + i) * 128)
+            sums, unit = _tile_sums(byte, words[i], shifts, held, WIDTH)
+            total += sums * (_factor(unit, macros[i], METHOD)[:, None] * x_factors[i][None, :])
+        macro_bytes = next_bytes
     to, inside = r.to(tl.int64)[None, :] * outputs + column[:, None], (r < rows)[None, :] & (column < outputs)[:, None]
     if SPLIT > 1:
         size = rows.to(tl.int64) * outputs
@@ -184,34 +208,29 @@ class TileShape:
     width   outputs of a program, 64 for every four warps at least
     warps   of a program
     stages  of the pipeline
-    deep    tiles along K of a step
+    group   tiles along K of a step, 1, 2 or 4: their scales are read together
     split   programs along K
-    ahead   the kernels start before those ahead of them end, and wait for them
     """
 
     height: int
     width: int
     warps: int
     stages: int
-    deep: int
+    group: int
     split: int
-    ahead: bool = False
 
 
 def tile_shape_of(rows: int, outputs: int, tiles: int, multiprocessors: int) -> TileShape:
     """The shape for x [rows, 128 tiles] and W [outputs, 128 tiles], by what an H200 did (`tools.bench.decode_shapes`).
 
-    Measured for 32 rows, and for 128 of W [2560, 2048]; other rows follow them.
+    Measured for the linears of Qwen2.5-3B and 8 to 256 rows.
     """
-    many = triton.cdiv(outputs, 128) > multiprocessors
-    height = max(16, min(128 if many else 64, triton.next_power_of_2(rows)))
-    if many and height <= 32:
-        return TileShape(height, width=128, warps=4, stages=4, deep=1, split=min(2, tiles))
+    height = max(16, min(64, triton.next_power_of_2(rows)))
     programs = triton.cdiv(outputs, 64) * triton.cdiv(rows, height)
     # Two programs a multiprocessor where they have enough to do; the sums of a split short row cost more than it saves.
-    wanted = (2 if tiles > 32 or rows > height else 1) * multiprocessors
-    split = max(1, min(wanted // programs, tiles // 4))
-    return TileShape(height, width=64, warps=4, stages=3 if height == 128 else 4, deep=1, split=split)
+    wanted = (2 if tiles > 32 else 1) * multiprocessors
+    split = max(1, min(round(wanted / programs), tiles // 4))
+    return TileShape(height, width=64, warps=4, stages=3, group=2, split=split)
 
 
 def multiply_tiles(x: Tensor, weight: MXTensor, bias: Tensor | None, operand: Operand, shape: TileShape) -> Tensor:
@@ -221,11 +240,11 @@ def multiply_tiles(x: Tensor, weight: MXTensor, bias: Tensor | None, operand: Op
     """
     source, (rows, k), device = Source.of(weight), x.shape, x.device
     outputs, tiles = weight.shape[0], k // TILE
-    deep = shape.deep if tiles % shape.deep == 0 else 1
-    length = triton.cdiv(tiles // deep, shape.split) * deep
-    split = triton.cdiv(tiles, length)
-    ahead = shape.ahead and may_overlap(device)
-    values, units = quantise_lanes(x, operand, shape.height, early=ahead)
+    group = math.gcd(shape.group, tiles)
+    length = triton.cdiv(tiles // group, shape.split)
+    split = triton.cdiv(tiles // group, length)
+    early = may_overlap(device)
+    values, factors = quantise_lanes(x, operand, shape.height, early)
     columns, heights = triton.cdiv(outputs, shape.width), triton.cdiv(rows, shape.height)
     # The interpreter casts to bfloat16 by cutting bits off.
     out = torch.empty(rows, outputs, dtype=torch.float32 if INTERPRETED.value else x.dtype, device=device)
@@ -233,10 +252,10 @@ def multiply_tiles(x: Tensor, weight: MXTensor, bias: Tensor | None, operand: Op
     codes, scales, macro, _, _ = source.pointers
     assert scales is not None
     _product[(columns, heights, split)](
-        values, k, units, units.stride(0), codes, scales.view(torch.int32), macro, _shifts(device), bias, out, partial,
-        finished(device, columns * heights) if split > 1 else None, rows, outputs, tiles, length,
-        SPLIT=split, BM=shape.height, WIDTH=shape.width, DEEP=deep, METHOD=source.constants["METHOD"], AHEAD=ahead,
-        STAGES=shape.stages, num_warps=shape.warps, num_stages=shape.stages, launch_pdl=ahead,
+        values, k, factors, codes, scales.view(torch.int32), macro, _shifts(device), bias, out, partial,
+        finished(device, columns * heights) if split > 1 else None, rows, outputs, tiles // group, length,
+        SPLIT=split, BM=shape.height, WIDTH=shape.width, GROUP=group, METHOD=source.constants["METHOD"], EARLY=early,
+        STAGES=shape.stages, num_warps=shape.warps, num_stages=shape.stages, launch_pdl=early,
     )  # fmt: skip
     return out.to(x.dtype)
 

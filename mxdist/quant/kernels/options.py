@@ -119,7 +119,7 @@ def missing_in_terms(operand: Operand) -> str | None:
 DECODE_ROWS = 64
 """Rows, or rows of an expert, up to which `decode` multiplies; with more, reading weights is no longer what counts."""
 
-TILE_ROWS = 128
+TILE_ROWS = 256
 """Rows up to which the FP8 kernel of `decode_tiles` multiplies what `runs_in_tiles`; with more, unpacking pays."""
 
 

@@ -17,14 +17,13 @@ from mxdist.quant.kernels.device import encode, scale_of, tile_scales, unit_of
 from mxdist.quant.kernels.options import options_of
 from mxdist.quant.recipe import Operand
 
-_ROWS, _WARPS = (2, 8), 2
-"""Rows of a program, one tile wide, for few and for many of them; its warps."""
-_MANY = 2048
+_ROWS, _WARPS = 4, 2
+"""Rows of a program, one tile wide, and its warps."""
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _to_lanes(
-    x, stride, rows, data, data_stride, scale, scale_stride,
+    x, stride, rows, data, data_stride, scale, tiles,
     ROWS: tl.constexpr, CARRY: tl.constexpr, SATURATE: tl.constexpr, MACRO_BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
@@ -43,11 +42,11 @@ def _to_lanes(
     to = data + far[:, None, None, None, None] * data_stride + tile * 128 + to[None, :, :, :, :]
     tl.store(to, y.to(tl.float8e4nv), mask=there[:, None, None, None, None])
     value = tl.reshape(scale_of(unit, factor, MACRO_BITS > 0), [ROWS])
-    tl.store(scale + tile.to(tl.int64) * scale_stride + r, value, mask=there)
+    tl.store(scale + far * tiles + tile, value, mask=there)
 
 
 def quantise_lanes(x: Tensor, operand: Operand, height: int, early: bool = False) -> tuple[Tensor, Tensor]:
-    """Return (bytes float8_e4m3fn [padded, K], scales float32 [tiles, padded]) of x [rows, K], K whole tiles.
+    """Return (bytes float8_e4m3fn [padded, K], scales float32 [padded, tiles]) of x [rows, K], K whole tiles.
 
     Rows are padded to a multiple of `height`; what lies there is not written. NaN and Inf make their block NaN.
     `options.runs_in_tiles` says which operands. An early kernel starts before the one ahead of it ends, waits for it,
@@ -56,11 +55,10 @@ def quantise_lanes(x: Tensor, operand: Operand, height: int, early: bool = False
     (rows, k), options = x.shape, options_of(operand)
     padded, tiles = triton.cdiv(rows, height) * height, k // TILE
     data = torch.empty(padded, k, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(tiles, padded, dtype=torch.float32, device=x.device)
-    high = _ROWS[rows * tiles > _MANY]
-    _to_lanes[(tiles, triton.cdiv(rows, high))](
-        x, x.stride(0), rows, data, k, scale, padded,
-        ROWS=high, CARRY=options.carry, SATURATE=options.saturate, MACRO_BITS=options.macro_bits, EARLY=early,
+    scale = torch.empty(padded, tiles, dtype=torch.float32, device=x.device)
+    _to_lanes[(tiles, triton.cdiv(rows, _ROWS))](
+        x, x.stride(0), rows, data, k, scale, tiles,
+        ROWS=_ROWS, CARRY=options.carry, SATURATE=options.saturate, MACRO_BITS=options.macro_bits, EARLY=early,
         num_warps=_WARPS, launch_pdl=early,
     )  # fmt: skip
     return data, scale

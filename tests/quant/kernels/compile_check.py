@@ -214,7 +214,7 @@ def halves_cases() -> Iterator[Case]:
     for name, constants in (("plain", plain), ("all", every)):
         shape = _halves_shape(constants)
         cut = {"WIDTH": shape.width, "SHARES": shape.shares, "DEPTH": shape.depth, "STAGES": shape.stages}
-        cut |= {"LENGTH": 1024, "THREADS": 32 * shape.warps, "UNIT": 8, "AHEAD": 2}
+        cut |= {"LENGTH": 1024, "THREADS": 32 * shape.warps, "UNIT": 8, "AHEAD": True}
         yield f"halves, {name}", decode_halves._product, constants | cut, shape.warps
     options = {"CARRY": CEIL, "SATURATE": False, "BITS": 8, "WIDTH": quant_halves._WIDTHS[1]}
     options |= {
@@ -231,15 +231,16 @@ def halves_cases() -> Iterator[Case]:
 
 
 def tiles_cases() -> Iterator[Case]:
-    """Products in FP8: of 32 rows, plain and all that weights may have, and of 128."""
+    """Products in FP8: of 32 rows, plain and all that weights may have, and of 64."""
     absent = ("macro", "bias", "partial", "finished")
-    plain = dict.fromkeys(absent) | {"METHOD": 0, "SPLIT": 1, "BM": 32, "WIDTH": 64, "DEEP": 1, "AHEAD": True}
-    plain |= {"STAGES": 4}
+    plain = dict.fromkeys(absent) | {"METHOD": 0, "SPLIT": 1, "BM": 32, "WIDTH": 64, "GROUP": 2, "EARLY": True}
+    plain |= {"STAGES": 3}
     yield "tiles, 32 rows", decode_tiles._product, plain, 4
     every = {key: value for key, value in plain.items() if key not in absent}
     yield "tiles, all", decode_tiles._product, every | {"METHOD": terms.SEARCHED.value, "SPLIT": 4}, 4
-    yield "tiles, 128 rows", decode_tiles._product, plain | {"BM": 128, "STAGES": 3}, 4
-    options = {"ROWS": quant_lanes._ROWS[1], "CARRY": CEIL, "SATURATE": False, "MACRO_BITS": 8, "EARLY": True}
+    yield "tiles, 64 rows", decode_tiles._product, plain | {"BM": 64}, 4
+    yield "tiles, odd number", decode_tiles._product, plain | {"BM": 64, "GROUP": 1}, 4
+    options = {"ROWS": quant_lanes._ROWS, "CARRY": CEIL, "SATURATE": False, "MACRO_BITS": 8, "EARLY": True}
     yield "rows to lanes", quant_lanes._to_lanes, options, quant_lanes._WARPS
 
 

@@ -66,14 +66,17 @@ def test_rows_are_quantised_as_for_other_products_in_fp8(recipe: str, rows: int)
     wanted, _ = quantise_tiles(x, operand, nonfinite="propagate")
     assert wanted is not None
     assert values.shape == (-(-rows // 16) * 16, 384)
-    assert torch.equal(scales[:, :rows], wanted.scale.t())
+    assert torch.equal(scales[:rows], wanted.scale)
     torch.testing.assert_close(in_order(values[:rows].float()), wanted.data.float(), rtol=0, atol=0, equal_nan=True)
 
 
 SHAPES = [
     ("mxfp4", 3, (80, 256), TileShape(16, 64, 4, 2, 1, 1)),
     ("mxfp4", 33, (130, 640), TileShape(16, 64, 4, 2, 2, 3)),
+    ("mxfp4", 17, (70, 1024), TileShape(16, 64, 4, 2, 4, 2)),
     ("mxfp4_mbs", 20, (64, 512), TileShape(32, 128, 4, 2, 2, 2)),
+    ("mxfp4_mbs", 9, (64, 512), TileShape(16, 64, 4, 2, 4, 1)),
+    ("mxfp4_mbs", 9, (64, 640), TileShape(16, 64, 4, 2, 4, 2)),
 ]
 
 
@@ -118,6 +121,7 @@ def test_a_product_is_cut_so_that_it_fills_the_gpu_and_tiles_hold_its_rows() -> 
         for outputs, k in ((2560, 2048), (2048, 2048), (22016, 2048), (2048, 11008)):
             shape = decode_tiles.tile_shape_of(rows, outputs, k // 128, 132)
             programs = -(-outputs // shape.width) * -(-rows // shape.height) * shape.split
-            assert 64 <= programs <= 800, (rows, outputs, k, shape)
+            assert programs >= 64, (rows, outputs, k, shape)
+            assert programs <= 3 * 132 or shape.split == 1, (rows, outputs, k, shape)
             assert rows <= shape.height or shape.height >= 64
             assert shape.width >= 16 * shape.warps  # a warp group has 64 outputs
