@@ -1,14 +1,25 @@
 """The step loop of a vLLM engine: requests in, answers out, and a moment before each step to do something else in.
 
 What vLLM calls a step computes one token of each running request (and prompts). On a GPU it schedules a step ahead.
+Answers are read from vLLM's scheduler once they are whole. vLLM's output processor, which would take up every token of
+every request for text and streams that nobody asks for, is told to forget the requests before the first step.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
-from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.v1.engine import FinishReason
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a request was answered with."""
+
+    tokens: list[int]  # with the stop token that ended it
+    stopped: bool  # by a stop token, rather than at the most tokens it may have
 
 
 class Generation:
@@ -20,24 +31,29 @@ class Generation:
             sampling: one a prompt.
         """
         self._llm = llm
-        self._core = llm.llm_engine.engine_core.engine_core  # the engine is in this process
+        self._client = llm.llm_engine.engine_core
+        self._core = self._client.engine_core  # the engine is in this process
         requests = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         self.requests = llm.enqueue(requests, list(sampling), use_tqdm=False)
-        self._finished: dict[str, CompletionOutput] = {}
+        self._states = [self._core.scheduler.requests[request] for request in self.requests]
+        llm.llm_engine.output_processor.abort_requests(self.requests, internal=True)  # the scheduler keeps them
 
-    def run(self, before_step: Callable[[], None] = lambda: None) -> list[CompletionOutput]:
+    def run(self, before_step: Callable[[], None] = lambda: None) -> list[Answer]:
         """Step until all are answered; in the order of the prompts. ``before_step`` may use ``paused``.
 
         When it or a step raises, the requests are given up, and the engine is free for others.
         """
         try:
-            while self._llm.llm_engine.has_unfinished_requests():
+            while self._core.scheduler.has_unfinished_requests():
                 before_step()
-                self._step()
+                self._client.get_output()
         except BaseException:
-            self._llm.llm_engine.abort_request(self.requests, internal=True)
+            self._client.abort_requests(self.requests)
             raise
-        return [self._finished[_number(request)] for request in self.requests]
+        return [
+            Answer(list(state.output_token_ids), state.get_finished_reason() == FinishReason.STOP)
+            for state in self._states
+        ]
 
     @contextmanager
     def paused(self) -> Iterator[list[int]]:
@@ -45,26 +61,11 @@ class Generation:
         self._core.pause_scheduler("keep", clear_cache=False)
         try:
             while self._core.batch_queue:  # steps that were scheduled ahead
-                self._step()
-            yield [self._sampled(request) for request in self.requests]
+                self._client.get_output()
+            yield [state.num_output_tokens for state in self._states]
         finally:
             self._core.resume_scheduler()
 
     def compute_again(self) -> None:
         """Forget the keys and values of all requests, and the prefix cache; the next steps compute them anew."""
         self._llm.reset_prefix_cache(reset_running_requests=True)
-
-    def _step(self) -> None:
-        for output in self._llm.llm_engine.step():
-            assert isinstance(output, RequestOutput)
-            if output.finished:
-                self._finished[output.request_id] = output.outputs[0]
-
-    def _sampled(self, request: str) -> int:
-        done = self._finished.get(_number(request))
-        return len(done.token_ids) if done else self._core.scheduler.requests[request].num_output_tokens
-
-
-def _number(request: str) -> str:
-    """What an output calls a request: its name without what vLLM has put behind it."""
-    return request.partition("-")[0]

@@ -46,10 +46,9 @@ from mxdist.sync.parity import compare_checksums
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
-    from vllm.outputs import CompletionOutput
 
     from mxdist.aqn.injector import Applied, NoiseInjector
-    from mxdist.rollout.generation import Generation
+    from mxdist.rollout.generation import Answer, Generation
     from mxdist.rollout.slot import Slot
     from mxdist.sync.payload import PartSums
 
@@ -188,11 +187,11 @@ class RolloutWorker:
         self._engine.wake("weights", "kv_cache")
         with self._engine.perturbed(noise) as applied:
             batch = _Batch(self._engine.begin(tokens, parameters), noise, [applied])
-            outputs = batch.generation.run(partial(self._take_offered, batch))
+            answers = batch.generation.run(partial(self._take_offered, batch))
         logprobs = self._engine.logprobs(batch.generation)
         self._engine.sleep()
-        batch.ended.append((self._version, [len(output.token_ids) for output in outputs]))
-        samples = [_sample(*each) for each in zip(outputs, logprobs, batch.runs(), strict=True)]
+        batch.ended.append((self._version, [len(answer.tokens) for answer in answers]))
+        samples = [_sample(*each) for each in zip(answers, logprobs, batch.runs(), strict=True)]
         size = sampling.samples_per_prompt
         groups = tuple(
             _group(prompt, tuple(samples[i * size : (i + 1) * size]), noise.sigma)
@@ -299,14 +298,14 @@ def _group(prompt: Prompt, samples: tuple[Sample, ...], sigma: float) -> Group:
     return Group(prompt, samples, min(version for sample in samples for version, _ in sample.drawn_by), sigma)
 
 
-def _sample(output: "CompletionOutput", logprobs: np.ndarray, drawn_by: VersionRuns) -> Sample:
-    tokens = np.asarray(output.token_ids, dtype=np.int64)
+def _sample(answer: "Answer", logprobs: np.ndarray, drawn_by: VersionRuns) -> Sample:
+    tokens = np.asarray(answer.tokens, dtype=np.int64)
     logprobs = logprobs[: len(tokens)].copy()  # without the rest of the batch
     if tokens.shape != logprobs.shape:
         raise RuntimeError(f"there are {len(logprobs)} log-probabilities for {len(tokens)} tokens")
     if not np.isfinite(logprobs).all():
         raise RuntimeError("vLLM sampled a token with a log-probability that is not finite: NaN in a layer's output")
-    return Sample(tokens, logprobs, output.finish_reason == "stop", drawn_by)
+    return Sample(tokens, logprobs, answer.stopped, drawn_by)
 
 
 def _entropy(samples: list[Sample]) -> EntropyStatistics:
