@@ -17,12 +17,14 @@ from torch.distributed import ProcessGroup
 
 from mxdist.errors import NotFinite
 from mxdist.learner.losses import LossInputs, LossOutput, Objective
+from mxdist.learner.losses.base import TokenSum
 from mxdist.learner.microbatches import MicroBatch, one_micro_batch
 from mxdist.learner.phases import Stopwatch
 from mxdist.learner.scoring import token_scores
 from mxdist.messages import EntropyStatistics, Mean
 from mxdist.model.draws import GradientDraws
 from mxdist.model.quantised_weight import requantise
+from mxdist.quant.transfer import sent
 
 Finish = Callable[[MicroBatch, Tensor], tuple[Tensor, Any]]
 """Given a micro-batch and its logits, [tokens, this rank's vocabulary], returns the loss and a result."""
@@ -36,6 +38,16 @@ class Scored:
     entropy: EntropyStatistics
     loss: float
     metrics: dict[str, Mean]
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    """The same before it is read."""
+
+    logprobs: Tensor  # float32 [rows, length]
+    entropy: TokenSum
+    loss: Tensor  # float32 []
+    metrics: dict[str, TokenSum]
 
 
 class Policy(ABC):
@@ -78,7 +90,7 @@ class Policy(ABC):
     def score(self, parts: Sequence[MicroBatch]) -> list[Scored]:
         """Forward only. Empty on the ranks of all pipeline stages but the last."""
         with torch.no_grad():
-            return self._run(parts, self._finish(None), forward_only=True)
+            return _read(self._run(parts, self._finish(None), forward_only=True))
 
     def forward(self, sequences: Sequence[np.ndarray]) -> list[Tensor]:
         """Logits [length, vocabulary] of each sequence, int64 [length], from one pass; every rank must call it.
@@ -111,7 +123,7 @@ class Policy(ABC):
         def loss(part: MicroBatch, logprobs: Tensor) -> LossOutput:
             return objective.loss(_loss_inputs(part, logprobs, next(old)))
 
-        return self._run(parts, self._finish(loss), forward_only=False)
+        return _read(self._run(parts, self._finish(loss), forward_only=False))
 
     def step(self, learning_rate: float) -> float:
         """Clip, update the weights and quantise them anew. Returns the gradients' norm before clipping.
@@ -134,17 +146,18 @@ class Policy(ABC):
         return logits
 
     def _finish(self, loss: Callable[[MicroBatch, Tensor], LossOutput] | None) -> Finish:
-        """From the logits of a micro-batch to its loss and what is reported of it."""
+        """From the logits of a micro-batch to its loss and what is reported of it; waits for nothing on the device."""
 
-        def finish(part: MicroBatch, logits: Tensor) -> tuple[Tensor, Scored]:
-            rows, columns = (torch.from_numpy(index).to(logits.device) for index in part.scored)
-            places = torch.from_numpy(part.predicted_at).to(logits.device)
-            tokens = torch.from_numpy(part.batch.tokens).to(logits.device)[rows, columns]
+        def finish(part: MicroBatch, logits: Tensor) -> tuple[Tensor, _OnDevice]:
+            scored = part.scored
+            rows, columns, places, tokens = (
+                _sent(index, logits.device) for index in (*scored, part.predicted_at, part.batch.tokens[scored])
+            )
             chosen, entropy = token_scores(logits, places, tokens, part.batch.temperature, self.tensor_parallel)
             logprobs = torch.zeros(part.batch.tokens.shape, device=logits.device).index_put((rows, columns), chosen)
             output = LossOutput(logprobs.sum(), {}) if loss is None else loss(part, logprobs)
-            scored = Scored(logprobs.detach().cpu().numpy(), entropy, float(output.loss.detach()), output.metrics)
-            return output.loss, scored
+            found = _OnDevice(logprobs.detach(), TokenSum(entropy, len(tokens)), output.loss.detach(), output.metrics)
+            return output.loss, found
 
         return finish
 
@@ -153,13 +166,36 @@ class Policy(ABC):
         return next(self.model.parameters()).device
 
 
+def _read(found: Sequence[_OnDevice]) -> list[Scored]:
+    """A pass's results, for whose end this waits once."""
+    sums = [part.loss for part in found] + [part.entropy.total for part in found]
+    sums += [each.total for part in found for each in part.metrics.values()]
+    numbers = iter(torch.stack(sums).tolist() if sums else [])
+    losses, entropies = ([next(numbers) for _ in found] for _ in range(2))
+    return [
+        Scored(
+            part.logprobs.cpu().numpy(),
+            EntropyStatistics(entropy, part.entropy.tokens),
+            loss,
+            {name: Mean(next(numbers), float(each.tokens)) for name, each in part.metrics.items()},
+        )
+        for part, loss, entropy in zip(found, losses, entropies, strict=True)
+    ]
+
+
 def _loss_inputs(part: MicroBatch, logprobs: Tensor, old_logprobs: np.ndarray | None) -> LossInputs:
     batch, device = part.batch, logprobs.device
+    rows, columns = batch.response_mask.nonzero()
     return LossInputs(
         logprobs=logprobs,
-        old_logprobs=logprobs.detach() if old_logprobs is None else torch.from_numpy(old_logprobs).to(device),
-        rollout_logprobs=torch.from_numpy(batch.rollout_logprobs).to(device),
-        advantages=torch.from_numpy(batch.advantages).to(device),
-        mask=torch.from_numpy(batch.response_mask).to(device),
-        weights=torch.from_numpy(batch.weights).to(device),
+        old_logprobs=logprobs.detach() if old_logprobs is None else _sent(old_logprobs, device),
+        rollout_logprobs=_sent(batch.rollout_logprobs, device),
+        advantages=_sent(batch.advantages, device),
+        mask=_sent(batch.response_mask, device),
+        places=(_sent(rows, device), _sent(columns, device)),
+        weights=_sent(batch.weights, device),
     )
+
+
+def _sent(array: np.ndarray, device: torch.device) -> Tensor:
+    return sent(torch.from_numpy(np.ascontiguousarray(array)), device)  # what has gaps would be waited for

@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
 from mxdist.learner import scoring_pieces
-from mxdist.messages import EntropyStatistics
 from mxdist.quant.backend import quantisers_lack
 
 
 def token_scores(
     logits: Tensor, places: Tensor, tokens: Tensor, temperature: float, group: ProcessGroup | None = None
-) -> tuple[Tensor, EntropyStatistics]:
+) -> tuple[Tensor, Tensor]:
     """Score tokens under softmax(logits / temperature), in float32.
 
     Args:
@@ -29,11 +28,11 @@ def token_scores(
         tokens: int64 [scored].
         group: the tensor-parallel ranks; each gets the whole result, and the gradient of its own logits.
     Returns:
-        Log-probabilities, float32 [scored], with gradient; and the entropy (nats) of the distributions at ``places``.
+        Log-probabilities, float32 [scored], with gradient; and the sum of the entropies (nats) of the distributions at
+        ``places``, float32 [], without.
     """
     group = group if group is not None and group.size() > 1 else None
-    logprobs, entropy = _Scores.apply(logits, places, tokens, temperature, group)
-    return logprobs, EntropyStatistics(float(entropy), len(tokens))
+    return _Scores.apply(logits, places, tokens, temperature, group)
 
 
 class _Scores(torch.autograd.Function):

@@ -1,5 +1,7 @@
 """Every algorithm's advantage, token weights and loss against its published formula."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from mxdist.config.schema import Dapo, DrGrpo, Grpo, Gspo, Rloo, Supervised
-from mxdist.learner.losses import OBJECTIVES, LossInputs, get_objective
+from mxdist.learner.losses import OBJECTIVES, LossInputs, LossOutput, get_objective
 
 CLIPPED = [Grpo(), Dapo(), DrGrpo(), Gspo()]
 POLICY = [*CLIPPED, Rloo()]
@@ -27,8 +29,14 @@ def make_inputs(seed: int = 0, sequences: int = 4, length: int = 7, spread: floa
         rollout_logprobs=old + 0.1 * torch.randn(sequences, length, generator=generator),
         advantages=torch.randn(sequences, generator=generator),
         mask=mask,
+        places=mask.nonzero(as_tuple=True),  # type: ignore[arg-type]  # a pair: the mask has two axes
         weights=torch.rand(sequences, generator=generator),
     )
+
+
+def mean(output: LossOutput, name: str) -> float:
+    found = output.metrics[name]
+    return found.total.item() / found.tokens
 
 
 rewards = arrays(np.float64, st.tuples(st.integers(1, 5), st.integers(2, 6)), elements=st.floats(-2, 2))
@@ -99,13 +107,25 @@ def test_gspo_clips_a_sequence_as_a_whole() -> None:
     assert torch.all(inputs.logprobs.grad[~inputs.mask] == 0)  # type: ignore[index]
 
 
+@pytest.mark.parametrize("algorithm", [*POLICY, Supervised()], ids=lambda a: a.name)
+def test_statistics_are_means_over_response_tokens(algorithm: Grpo) -> None:
+    inputs = make_inputs()
+    output = get_objective(algorithm).loss(inputs)
+    if algorithm.name == "supervised":
+        assert mean(output, "warm_start/loss") == pytest.approx(-inputs.logprobs[inputs.mask].mean().item())
+        return
+    kl = (inputs.old_logprobs - inputs.logprobs)[inputs.mask].mean().item()
+    assert mean(output, "actor/ppo_kl") == pytest.approx(kl, rel=1e-6)
+    difference = (inputs.old_logprobs - inputs.rollout_logprobs)[inputs.mask]
+    assert mean(output, "rollout_corr/logprob_abs_diff") == pytest.approx(difference.abs().mean().item(), rel=1e-6)
+    assert mean(output, "rollout_corr/tis_weight") == pytest.approx(difference.exp().clamp(max=2).mean().item())
+
+
 @pytest.mark.parametrize("algorithm", POLICY, ids=lambda a: a.name)
 def test_on_policy_gradient_is_the_policy_gradient(algorithm: Grpo) -> None:
     inputs = make_inputs()
     logprobs = inputs.old_logprobs.clone().requires_grad_()
-    on_policy = LossInputs(
-        logprobs, inputs.old_logprobs, inputs.old_logprobs, inputs.advantages, inputs.mask, inputs.weights
-    )
+    on_policy = replace(inputs, logprobs=logprobs, rollout_logprobs=inputs.old_logprobs)
     get_objective(algorithm).loss(on_policy).loss.backward()
     expected = torch.where(inputs.mask, -(inputs.advantages * inputs.weights)[:, None], 0.0)
     if algorithm.name == "gspo":  # the mean over a sequence shares its gradient evenly: the same row sums
@@ -118,33 +138,19 @@ def test_on_policy_gradient_is_the_policy_gradient(algorithm: Grpo) -> None:
 def test_tokens_outside_the_mask_change_nothing(algorithm: Grpo) -> None:
     inputs = make_inputs()
     noise = torch.where(inputs.mask, 0.0, 5.0)
-    disturbed = LossInputs(
-        inputs.logprobs + noise,
-        inputs.old_logprobs,
-        inputs.rollout_logprobs - noise,
-        inputs.advantages,
-        inputs.mask,
-        inputs.weights,
-    )
+    disturbed = replace(inputs, logprobs=inputs.logprobs + noise, rollout_logprobs=inputs.rollout_logprobs - noise)
     objective = get_objective(algorithm)
     assert objective.loss(disturbed).loss.item() == pytest.approx(objective.loss(inputs).loss.item(), rel=1e-6)
 
 
 def test_the_importance_weight_is_capped_and_can_be_switched_off() -> None:
     inputs = make_inputs()
-    far = LossInputs(
-        inputs.old_logprobs,
-        inputs.old_logprobs,
-        inputs.old_logprobs - 3.0,
-        inputs.advantages,
-        inputs.mask,
-        inputs.weights,
-    )
+    far = replace(inputs, logprobs=inputs.old_logprobs, rollout_logprobs=inputs.old_logprobs - 3.0)
     plain = get_objective(Grpo(tis_cap=None)).loss(far)
     capped = get_objective(Grpo(tis_cap=2.0)).loss(far)
     assert capped.loss.item() == pytest.approx(2 * plain.loss.item(), rel=1e-6)
-    assert capped.metrics["rollout_corr/tis_capped"].value == 1.0
-    assert capped.metrics["rollout_corr/kl"].value == pytest.approx(-3.0, rel=1e-5)
+    assert mean(capped, "rollout_corr/tis_capped") == 1.0
+    assert mean(capped, "rollout_corr/kl") == pytest.approx(-3.0, rel=1e-5)
 
 
 def test_supervised_loss_is_the_negative_log_likelihood() -> None:

@@ -1,4 +1,8 @@
-"""What an algorithm is: advantages and token weights (controller, numpy) and a loss (learner, torch)."""
+"""What an algorithm is: advantages and token weights (controller, numpy) and a loss (learner, torch).
+
+A loss reads nothing back from the device, or the host would wait for it in every micro-batch: what is reported stays
+there until ``policy`` reads all of an update at once.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -6,8 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-
-from mxdist.messages import Mean
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,22 @@ class LossInputs:
     rollout_logprobs: Tensor  # float32 [sequences, length], of the engine that sampled the tokens
     advantages: Tensor  # float32 [sequences]
     mask: Tensor  # bool [sequences, length], True on response tokens
+    places: tuple[Tensor, Tensor]  # int64 [tokens] each: rows and columns of those, in order
     weights: Tensor  # float32 [sequences], weight of each of the sequence's response tokens
+
+
+@dataclass(frozen=True)
+class TokenSum:
+    """A sum over tokens, float32 [] on the device, and their number: a mean that adds up over micro-batches."""
+
+    total: Tensor
+    tokens: int
 
 
 @dataclass(frozen=True)
 class LossOutput:
     loss: Tensor  # scalar: the sum over the micro-batch of weight * token loss
-    metrics: dict[str, Mean]
+    metrics: dict[str, TokenSum]
 
 
 class Objective(ABC):
@@ -61,10 +72,10 @@ class Objective(ABC):
         """Loss of one micro-batch."""
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Mean:
-    """Mean over the tokens of ``mask``, as a sum and a count that add up over micro-batches and ranks."""
-    selected = values.detach()[mask]
-    return Mean(float(selected.sum()), float(selected.numel()))
+def response_sum(values: Tensor, inputs: LossInputs) -> TokenSum:
+    """Of ``values`` [sequences, length] on the response tokens, without gradient."""
+    selected = values.detach()[inputs.places]  # by the mask, the host would wait to learn how many they are
+    return TokenSum(selected.sum(), selected.numel())
 
 
 def truncated_importance_weights(inputs: LossInputs, cap: float | None) -> Tensor:
@@ -77,15 +88,15 @@ def truncated_importance_weights(inputs: LossInputs, cap: float | None) -> Tenso
     return (inputs.old_logprobs - inputs.rollout_logprobs).detach().exp().clamp(max=cap)
 
 
-def mismatch_metrics(inputs: LossInputs, tis_weights: Tensor, cap: float | None) -> dict[str, Mean]:
+def mismatch_metrics(inputs: LossInputs, tis_weights: Tensor, cap: float | None) -> dict[str, TokenSum]:
     """How far the learner before this update is from the engine that sampled, over response tokens."""
     difference = (inputs.old_logprobs - inputs.rollout_logprobs).detach()
     metrics = {
-        "rollout_corr/kl": masked_mean(-difference, inputs.mask),
-        "rollout_corr/k3_kl": masked_mean(difference.exp() - 1 - difference, inputs.mask),
-        "rollout_corr/logprob_abs_diff": masked_mean(difference.abs(), inputs.mask),
+        "rollout_corr/kl": response_sum(-difference, inputs),
+        "rollout_corr/k3_kl": response_sum(difference.exp() - 1 - difference, inputs),
+        "rollout_corr/logprob_abs_diff": response_sum(difference.abs(), inputs),
     }
     if cap is not None:
-        metrics["rollout_corr/tis_weight"] = masked_mean(tis_weights, inputs.mask)
-        metrics["rollout_corr/tis_capped"] = masked_mean((tis_weights >= cap).float(), inputs.mask)
+        metrics["rollout_corr/tis_weight"] = response_sum(tis_weights, inputs)
+        metrics["rollout_corr/tis_capped"] = response_sum((tis_weights >= cap).float(), inputs)
     return metrics

@@ -6,8 +6,8 @@ from torch import Tensor
 from mxdist.learner.losses.base import (
     LossInputs,
     LossOutput,
-    masked_mean,
     mismatch_metrics,
+    response_sum,
     truncated_importance_weights,
 )
 
@@ -28,8 +28,8 @@ def clipped_surrogate(
     token_loss = torch.where(inputs.mask, -surrogate * tis_weights, 0.0)
     is_clipped = clipped * advantages < ratio * advantages
     metrics = {
-        "actor/pg_clipfrac": masked_mean(is_clipped.float(), inputs.mask),
-        "actor/ppo_kl": masked_mean(inputs.old_logprobs - inputs.logprobs, inputs.mask),
+        "actor/pg_clipfrac": response_sum(is_clipped.float(), inputs),
+        "actor/ppo_kl": response_sum(inputs.old_logprobs - inputs.logprobs, inputs),
         **mismatch_metrics(inputs, tis_weights, tis_cap),
     }
     return LossOutput((token_loss * inputs.weights.unsqueeze(-1)).sum(), metrics)

@@ -7,8 +7,8 @@ from mxdist.learner.losses.base import (
     LossInputs,
     LossOutput,
     Objective,
-    masked_mean,
     mismatch_metrics,
+    response_sum,
     truncated_importance_weights,
 )
 
@@ -28,7 +28,7 @@ class RlooObjective(Objective):
         tis_weights = truncated_importance_weights(inputs, self.algorithm.tis_cap)
         token_loss = torch.where(inputs.mask, -ratio * inputs.advantages.unsqueeze(-1) * tis_weights, 0.0)
         metrics = {
-            "actor/ppo_kl": masked_mean(inputs.old_logprobs - inputs.logprobs, inputs.mask),
+            "actor/ppo_kl": response_sum(inputs.old_logprobs - inputs.logprobs, inputs),
             **mismatch_metrics(inputs, tis_weights, self.algorithm.tis_cap),
         }
         return LossOutput((token_loss * inputs.weights.unsqueeze(-1)).sum(), metrics)

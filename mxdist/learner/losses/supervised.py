@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from mxdist.learner.losses.base import LossInputs, LossOutput, Objective, masked_mean
+from mxdist.learner.losses.base import LossInputs, LossOutput, Objective, response_sum
 
 
 class SupervisedObjective(Objective):
@@ -17,5 +17,5 @@ class SupervisedObjective(Objective):
         token_loss = torch.where(inputs.mask, -inputs.logprobs, 0.0)
         return LossOutput(
             (token_loss * inputs.weights.unsqueeze(-1)).sum(),
-            {"warm_start/loss": masked_mean(-inputs.logprobs, inputs.mask)},
+            {"warm_start/loss": response_sum(-inputs.logprobs, inputs)},
         )
