@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+ERRORS = "+-: one standard error (of shares Wilson's)"
+"""For whoever prints estimates."""
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems. ``error`` is its standard error, NaN where one problem alone cannot tell."""
+    """A mean over problems. ``error`` is its standard error, NaN where one problem alone cannot tell; never 0."""
 
     value: float
     error: float
@@ -20,23 +23,36 @@ class Estimate:
 
 
 def share(right: np.ndarray) -> Estimate:
-    """The share of problems answered rightly, with the binomial standard error sqrt(p (1 - p) / n).
+    """The share of problems answered rightly, and as its error half the width of Wilson's interval for z = 1.
+
+    That is sqrt(n p (1 - p) + 1/4) / (n + 1) (Wilson 1927; Brown, Cai and DasGupta 2001, equation 4). For many
+    problems it is the binomial standard error sqrt(p (1 - p) / n), which would claim to be sure, 0, when all answers
+    are right or none is.
 
     Args:
-        right: bool [problems].
+        right: bool or float64 of 0 and 1 [problems].
     """
-    value = float(right.mean())
-    return Estimate(value, (value * (1 - value) / len(right)) ** 0.5, len(right))
+    value, count = float(right.mean()), len(right)
+    return Estimate(value, (count * value * (1 - value) + 0.25) ** 0.5 / (count + 1), count)
 
 
-def mean(values: np.ndarray) -> Estimate:
+def mean(values: np.ndarray, width: float = 1.0) -> Estimate:
     """A mean over problems, with the standard error of the sample: its deviation (n - 1) over sqrt(n).
+
+    Where all values are the same there is no deviation to learn from. The error is then what Wilson's interval (as in
+    ``share``) says of a problem with another value, which none of n was: ``width`` / (2 (n + 1)).
 
     Args:
         values: float64 [problems].
+        width: of the range that values can lie in.
     """
     count = len(values)
-    error = float(values.std(ddof=1)) / count**0.5 if count > 1 else float("nan")
+    if count == 1:
+        error = float("nan")
+    elif values.min() == values.max():
+        error = width / (2 * (count + 1))
+    else:
+        error = float(values.std(ddof=1)) / count**0.5
     return Estimate(float(values.mean()), error, count)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from mxdist.config import Config, load_config
 from mxdist.control.batch import ScoredGroup
 from mxdist.control.checkpoints import CheckpointStore
-from mxdist.control.estimates import Estimate, mean
+from mxdist.control.estimates import ERRORS, Estimate, mean
 from mxdist.control.evaluation import Decoding, answer, estimates, per_problem
 from mxdist.control.system import running
 from mxdist.control.weights import WeightSync
@@ -55,7 +55,7 @@ def evaluate(path: Path, samples: int, temperature: float | None, overrides: lis
             )
             console.note(f"step {subject.step}, recipe {recipe}: {_in_a_line(task, scored, decoding)}")
         results = {recipe: estimates(task, scored, decoding) for recipe, scored in answers.items()}
-        console.note(f"step {subject.step}, {len(task.eval_prompts())} problems, {decoding}")
+        console.note(f"step {subject.step}, {len(task.eval_prompts())} problems, {decoding}; {ERRORS}")
         for line in table(results, paired_differences(answers, decoding)):
             console.note(line)
         for file in files:
@@ -133,7 +133,7 @@ def paired_differences(answers: dict[str, list[ScoredGroup]], decoding: Decoding
     if len(answers) < 2:
         return {}
     ours, plain = (per_problem(scored, decoding) for scored in answers.values())
-    return {name: mean(ours[name] - plain[name]) for name in ours}
+    return {name: mean(ours[name] - plain[name], width=2) for name in ours}
 
 
 def table(results: Results, differences: dict[str, Estimate]) -> list[str]:

@@ -84,7 +84,7 @@ def per_problem(scored: Sequence[ScoredGroup], decoding: Decoding) -> dict[str, 
 def estimates(task: Task, scored: Sequence[ScoredGroup], decoding: Decoding) -> dict[str, Estimate]:
     """Each measure over all problems, then "accuracy, KIND" or "pass@1, KIND" for each class of problems the task has.
 
-    The standard error of shares (greedy, maj@n) is the binomial one, that of pass@k is over problems.
+    The error of shares (greedy, maj@n) is from Wilson's interval, that of pass@k the standard error over problems.
     """
     measures = per_problem(scored, decoding)
     found = {name: _estimate(name, values) for name, values in measures.items()}

@@ -63,10 +63,31 @@ def test_answers_without_a_final_answer_do_not_vote() -> None:
     assert majority(["5", "7", "7"]) == 1
 
 
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Those p from which the observed share is one standard error of p away, on a fine grid."""
+    grid = np.linspace(0, 1, 1_000_001)
+    inside = grid[(share - grid) ** 2 <= grid * (1 - grid) / count + 1e-12]
+    return float(inside.min()), float(inside.max())
+
+
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("count", [1, 9, 256])
+def test_all_or_no_answers_right_leave_a_doubt(right: bool, count: int) -> None:
+    found = share(np.full(count, right))
+    low, high = wilson(found.value, count)
+    assert found.value == float(right)
+    assert found.error == pytest.approx((high - low) / 2, rel=1e-3)
+    if count > 1:
+        assert mean(np.full(count, float(right))).error == found.error
+        assert mean(np.zeros(count), width=2).error == pytest.approx(2 * found.error)  # between -1 and 1
+
+
 def test_standard_errors_are_the_textbooks() -> None:
     right = np.array([True] * 30 + [False] * 10)
     assert (share(right).value, share(right).problems) == (0.75, 40)
-    assert share(right).error == pytest.approx(math.sqrt(0.75 * 0.25 / 40))
+    low, high = wilson(0.75, 40)
+    assert share(right).error == pytest.approx((high - low) / 2)
+    assert share(right).error == pytest.approx(math.sqrt(0.75 * 0.25 / 40), rel=0.01)
     assert str(share(right)) == "0.750 +- 0.068"
     values = np.array([0.0, 0.5, 1.0, 0.5])
     assert mean(values).error == pytest.approx(np.std(values, ddof=1) / 2)

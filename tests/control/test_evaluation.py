@@ -36,7 +36,7 @@ def scored(answers: list[list[str]]) -> list[ScoredGroup]:
 def test_greedy_accuracy_is_reported_by_kind_of_problem_too() -> None:
     found = estimates(TASK, scored([["right"], ["1"], ["right"], ["right"]]), Decoding())
     assert (found["accuracy"].value, found["accuracy"].problems) == (0.75, 4)
-    assert found["accuracy"].error == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
+    assert found["accuracy"].error == pytest.approx((4 * 0.75 * 0.25 + 0.25) ** 0.5 / 5)
     kinds = [TASK.kind(prompt) for prompt in TASK.eval_prompts()]
     assert set(kinds) == {"carry", "no carry"}
     for kind in set(kinds):
@@ -54,7 +54,7 @@ def test_sampled_answers_give_pass_at_k_and_the_majoritys_accuracy() -> None:
     assert found["pass@4"].value == 0.75
     assert found["pass@2"].error == pytest.approx(np.std([5 / 6, 1 / 2, 0, 1], ddof=1) / 2)
     assert found["maj@4"].value == 0.5
-    assert found["maj@4"].error == pytest.approx((0.5 * 0.5 / 4) ** 0.5)
+    assert found["maj@4"].error == pytest.approx((4 * 0.5 * 0.5 + 0.25) ** 0.5 / 5)
 
 
 def test_recipes_are_compared_problem_by_problem() -> None:
@@ -62,6 +62,17 @@ def test_recipes_are_compared_problem_by_problem() -> None:
     found = paired_differences({"mxfp4": ours, "bf16": plain}, Decoding())["accuracy"]
     assert found.value == 0.25
     assert found.error == pytest.approx(np.std([1, 0, 0, 0], ddof=1) / 2)
+
+
+@pytest.mark.parametrize("text", ["right", "1"])
+def test_no_estimate_is_without_an_error_when_all_answers_are_right_or_none_is(text: str) -> None:
+    answers = scored([[text] * 4] * 4)
+    for decoding in (Decoding(), Decoding(4, 1.0)):
+        found = estimates(TASK, answers, decoding)
+        assert {estimate.value for estimate in found.values()} == {float(text == "right")}
+        assert min(estimate.error for name, estimate in found.items() if "," not in name) == pytest.approx(0.1)
+        for same in paired_differences({"mxfp4": answers, "bf16": answers}, decoding).values():
+            assert (same.value, same.error) == (0, pytest.approx(0.2))
 
 
 def test_a_carry_is_told_from_none() -> None:
