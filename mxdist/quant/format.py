@@ -18,8 +18,6 @@ from mxdist.quant.recipe import ScaleRule
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitude of codes 0..7; bit 3 of a code is the sign."""
 E2M1_MAX = 6.0
-E2M1_TIES = ((0.25, 0.0), (0.75, 1.0), (1.25, 1.0), (1.75, 2.0), (2.5, 2.0), (3.5, 4.0), (5.0, 4.0))
-"""The seven decision points and the magnitude each rounds to: ties go to the even code."""
 
 E8M0_BIAS = 127
 E8M0_NAN = 255
@@ -58,19 +56,6 @@ _EXPONENT_CARRY = {
 }
 
 
-def e8m0_encode(scales: Tensor) -> Tensor:
-    """Return the uint8 codes of scales that are powers of two 2^-126..2^127 (float32), NaN becoming 255.
-
-    ValueError when a scale is not such a power of two.
-    """
-    bits = scales.to(torch.float32).contiguous().view(torch.int32)
-    codes = bits >> FLOAT32_MANTISSA_BITS
-    codes = torch.where(torch.isnan(scales), E8M0_NAN, codes)
-    if not torch.equal(e8m0_decode(codes.to(torch.uint8)).nan_to_num(-1.0), scales.float().nan_to_num(-1.0)):
-        raise ValueError("E8M0 holds powers of two from 2^-126 to 2^127 only.")
-    return codes.to(torch.uint8)
-
-
 def e8m0_decode(codes: Tensor) -> Tensor:
     """Return the float32 scales 2^(c - 127) of integer codes; code 0 is the subnormal 2^-127, 255 is NaN."""
     wide = codes.to(torch.int32)
@@ -89,11 +74,6 @@ def e2m1_encode(values: Tensor) -> Tensor:
     return (byte & 0x80).bitwise_right_shift_(4).bitwise_or_((byte >> 2) & 7)
 
 
-def e2m1_decode(codes: Tensor) -> Tensor:
-    """Return the float32 values of integer codes 0..15; code 8 is -0.0."""
-    return _value_table(codes.device)[codes.to(torch.int32)]
-
-
 def e2m1_decode_packed(packed: Tensor) -> Tensor:
     """Return the float32 values [..., 2n] of packed bytes [..., n]: one look-up for two elements."""
     pairs = _pair_table(packed.device).index_select(0, packed.flatten().to(torch.int32))
@@ -102,15 +82,11 @@ def e2m1_decode_packed(packed: Tensor) -> Tensor:
 
 @lru_cache
 @torch.inference_mode(False)  # a table made inside inference mode could not be used outside it
-def _value_table(device: torch.device) -> Tensor:
-    return torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=device)
-
-
-@lru_cache
-@torch.inference_mode(False)
 def _pair_table(device: torch.device) -> Tensor:
+    """The two values of each byte, float32 [256, 2]; code 8 is -0.0."""
+    values = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=device)
     byte = torch.arange(256, device=device)
-    return _value_table(device)[torch.stack((byte & 0xF, byte >> 4), dim=-1)]
+    return values[torch.stack((byte & 0xF, byte >> 4), dim=-1)]
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ from mxdist.sync.parity import compare_checksums
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
-    from mxdist.aqn.injector import Applied, NoiseInjector
+    from mxdist.aqn.injector import Applied
     from mxdist.rollout.generation import Answer, Generation
     from mxdist.rollout.slot import Slot
     from mxdist.sync.payload import PartSums
@@ -242,11 +242,6 @@ class RolloutWorker:
     def _slots(self) -> "dict[str, Slot]":
         """Of an engine in this process."""
         return self._engine.rank.slots
-
-    @property
-    def _injector(self) -> "NoiseInjector":
-        """Of an engine in this process."""
-        return self._engine.rank.injector
 
     def _parameters(self, prompt: Prompt, index: int, sampling: SamplingSettings) -> "SamplingParams":
         from mxdist.rollout.engine import sampling_params

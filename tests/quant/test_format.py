@@ -2,26 +2,25 @@
 
 import math
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mxdist.quant.format import (
-    E2M1_TIES,
     E2M1_VALUES,
     E8M0_NAN,
-    e2m1_decode,
     e2m1_decode_packed,
     e2m1_encode,
     e8m0_decode,
-    e8m0_encode,
     e8m0_from_absmax,
     pack_nibbles,
     unpack_nibbles,
 )
 from mxdist.quant.recipe import ScaleRule
 from mxdist.quant.rounding import round_fast, round_plain
+
+TIES = ((0.25, 0.0), (0.75, 1.0), (1.25, 1.0), (1.75, 2.0), (2.5, 2.0), (3.5, 4.0), (5.0, 4.0))
+"""E2M1's seven decision points, and the magnitude that each rounds to: the one whose code is even."""
 
 
 def round_at_scale_one(values: list[float]) -> list[float]:
@@ -34,7 +33,7 @@ def round_at_scale_one(values: list[float]) -> list[float]:
 
 def test_ties_go_to_the_even_code_and_one_ulp_decides() -> None:
     codes = {value: code for code, value in enumerate(E2M1_VALUES)}
-    for tie, winner in E2M1_TIES:
+    for tie, winner in TIES:
         below, above = (torch.tensor(tie).nextafter(torch.tensor(to)).item() for to in (0.0, 9.0))
         lower = max(v for v in E2M1_VALUES if v < tie)
         upper = min(v for v in E2M1_VALUES if v > tie)
@@ -48,9 +47,10 @@ def test_magnitudes_above_six_saturate() -> None:
 
 
 def test_every_code_survives_decoding_and_encoding_and_minus_zero_becomes_zero() -> None:
-    codes = torch.arange(16, dtype=torch.uint8)
-    assert e2m1_decode(codes)[:8].tolist() == list(E2M1_VALUES)
-    assert e2m1_encode(e2m1_decode(codes)).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 9, 10, 11, 12, 13, 14, 15]
+    values = e2m1_decode_packed(pack_nibbles(torch.arange(16, dtype=torch.uint8)))
+    assert values.tolist() == [*E2M1_VALUES, *(-value for value in E2M1_VALUES)]
+    assert values[8].signbit()
+    assert e2m1_encode(values).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 9, 10, 11, 12, 13, 14, 15]
 
 
 def test_packing_puts_the_first_element_in_the_low_nibble_and_round_trips_all_bytes() -> None:
@@ -59,7 +59,8 @@ def test_packing_puts_the_first_element_in_the_low_nibble_and_round_trips_all_by
     assert codes[:4].tolist() == [0, 0, 1, 0]
     assert codes[-2:].tolist() == [15, 15]
     assert torch.equal(pack_nibbles(codes), packed)
-    assert torch.equal(e2m1_decode_packed(packed), e2m1_decode(codes))
+    values = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)])
+    assert torch.equal(e2m1_decode_packed(packed), values[codes.int()])
 
 
 def test_e8m0_codes_are_the_powers_of_two_and_255_is_nan() -> None:
@@ -67,9 +68,6 @@ def test_e8m0_codes_are_the_powers_of_two_and_255_is_nan() -> None:
     scales = e8m0_decode(codes)
     assert scales[:255].tolist() == [2.0 ** (c - 127) for c in range(255)]
     assert scales[E8M0_NAN].isnan()
-    assert torch.equal(e8m0_encode(scales), codes)
-    with pytest.raises(ValueError, match="powers of two"):
-        e8m0_encode(torch.tensor([3.0]))
 
 
 EXPONENT_OF_RULE = {

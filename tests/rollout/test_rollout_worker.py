@@ -365,7 +365,7 @@ def live_checksums(worker: RolloutWorker) -> dict[str, dict[str, int]]:
 
 
 def live_checksums_under_noise(worker: RolloutWorker, noise: Noise) -> dict[str, dict[str, int]]:
-    with worker._injector.perturbed(noise):
+    with worker._engine.rank.injector.perturbed(noise):
         return live_checksums(worker)
 
 
