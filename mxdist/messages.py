@@ -120,6 +120,7 @@ class RolloutResult:
     perturbed_modules: int  # norms whose weights noise changed while these were sampled
     applied_sigma: float  # root mean square of that change; below sigma where the dtype rounds it away
     usage: tuple[ProcessUsage, ...] = ()  # of the workers that took part
+    preemptions: int = 0  # times that an answer lost its keys and values for want of room, and they were computed again
 
 
 @dataclass(frozen=True)

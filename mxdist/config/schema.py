@@ -293,7 +293,11 @@ class RolloutConfig(Section):
         description="Sequences an engine decodes together. With fewer than it is given at once, new ones come in while "
         "others are decoded, and such steps run without CUDA graphs.",
     )
-    kv_cache_mib: PositiveInt = Field(64, description="Keys and values of each process of an engine, in MiB.")
+    kv_cache_mib: PositiveInt = Field(
+        64,
+        description="Keys and values of each process of an engine, in MiB. Sequences that find no room are put off and "
+        "what they had is computed again; the metric rollout/preemptions counts that.",
+    )
     cuda_graphs: bool = Field(
         True,
         description="On a GPU, record decoding steps when an engine starts, and replay them. False saves seconds of "

@@ -102,6 +102,7 @@ class Collected:
     rollout_seconds: float
     reward_seconds: float
     usage: tuple[ProcessUsage, ...]  # of the rollout workers
+    preemptions: int
     extra_batches: int
     without_signal: int  # groups kept whose rewards are all equal
 
@@ -169,6 +170,7 @@ class Collector:
             rollout_seconds=sum(result.seconds for result in results),
             reward_seconds=self.rewards.seconds - started,
             usage=results[-1].usage,
+            preemptions=sum(result.preemptions for result in results),
             extra_batches=len(results) - 1,
             without_signal=sum(not group.has_signal for _, group in kept),
         )

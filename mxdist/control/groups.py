@@ -207,4 +207,5 @@ def merge_results(prompts: Sequence[Prompt], results: Sequence[RolloutResult]) -
         perturbed_modules=min(result.perturbed_modules for result in results),
         applied_sigma=min(result.applied_sigma for result in results),
         usage=tuple(usage for result in results for usage in result.usage),
+        preemptions=sum(result.preemptions for result in results),
     )

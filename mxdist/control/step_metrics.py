@@ -43,6 +43,7 @@ def step_metrics(
         "rollout/groups_without_signal": float(collected.without_signal),
         "rollout/extra_batches": float(collected.extra_batches),
         "rollout/entropy": collected.entropy.mean,
+        "rollout/preemptions": float(collected.preemptions),
         "off_policy/staleness/mean": float(staleness.mean()),
         "off_policy/staleness/max": float(staleness.max()),
         "off_policy/staleness/token_mean": float(step - versions.mean()),

@@ -36,6 +36,7 @@ class Generation:
         requests = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         self.requests = llm.enqueue(requests, list(sampling), use_tqdm=False)
         self._states = [self._core.scheduler.requests[request] for request in self.requests]
+        self._reset = 0
         llm.llm_engine.output_processor.abort_requests(self.requests, internal=True)  # the scheduler keeps them
 
     def run(self, before_step: Callable[[], None] = lambda: None) -> list[Answer]:
@@ -68,4 +69,11 @@ class Generation:
 
     def compute_again(self) -> None:
         """Forget the keys and values of all requests, and the prefix cache; the next steps compute them anew."""
+        before = self.preemptions
         self._llm.reset_prefix_cache(reset_running_requests=True)
+        self._reset += self.preemptions - before
+
+    @property
+    def preemptions(self) -> int:
+        """How often a request lost its keys and values because others needed the room, and had to begin again."""
+        return sum(state.num_preemptions for state in self._states) - self._reset

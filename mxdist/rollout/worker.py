@@ -205,6 +205,7 @@ class RolloutWorker:
             perturbed_modules=min(applied.norms for applied in batch.applied),
             applied_sigma=min(applied.sigma for applied in batch.applied),
             usage=tuple(self._engine.each("usage")),
+            preemptions=batch.generation.preemptions,
         )
 
     def _take_offered(self, batch: "_Batch") -> None:

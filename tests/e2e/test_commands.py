@@ -69,6 +69,7 @@ def test_learner_and_engine_agree_to_rounding_when_synchronous(trained: Outcome,
     assert step["aqn/sigma"] == 0
     assert step["rollout_corr/logprob_abs_diff"] < 1e-5
     assert step["parity/checked_tensors"] == 69
+    assert step["rollout/preemptions"] == 0
 
 
 def test_noise_reaches_norms_once_the_silent_stage_is_over(trained: Outcome, run_dir: Path) -> None:
