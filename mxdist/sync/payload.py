@@ -1,27 +1,23 @@
-"""Weight payloads: from tensors to what crosses a process boundary, and back.
+"""Weight payloads, as they cross a process boundary: their arrays as tensors again, and their checksums.
 
 A payload is a manifest and a few buckets of bytes (``layout``). The buckets are numpy arrays, which Ray carries through
 its object store, or stay on the learner's GPU (``shared``). Dense tensors travel as float32 or as bfloat16, whichever
 the sender holds. Checksums of values are taken of their float32 form, the same for both.
-
-Tensor by tensor (``TensorEntry``) a payload is taken apart and put together where speed does not matter.
 """
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mxdist.errors import ParityError
-from mxdist.messages import BUCKET_DTYPES, BucketKind, Manifest, TensorEntry, WeightPayload
+from mxdist.messages import Manifest, WeightPayload
 from mxdist.quant.checksum import checksum
-from mxdist.quant.tensor import MXTensor
 from mxdist.sync.checks import unit_of
-from mxdist.sync.layout import VALUES, Outline, arrange, bytes_kind, in_matrix_order
+from mxdist.sync.layout import VALUES
 
 
 class PartSums(Mapping[str, dict[str, int]]):
@@ -65,73 +61,12 @@ def part_checksum(part: str, tensor: Tensor) -> int:
     return checksum(tensor.float() if part == VALUES else tensor, unit=unit_of(part))
 
 
-def dense_entry(name: str, tensor: Tensor) -> TensorEntry:
-    """Entry of a tensor that stays in high precision (float32 or bfloat16, any shape), as the learner holds it."""
-    return TensorEntry(
-        name, "dense", tuple(tensor.shape), {VALUES: as_array(tensor)}, {VALUES: part_checksum(VALUES, tensor)}
-    )
-
-
-def mx_entry(name: str, packed: MXTensor, values: Tensor) -> TensorEntry:
-    """Entry of a quantised tensor.
-
-    Args:
-        packed: the bytes that are sent.
-        values: of packed.shape and the model's dtype: what the learner's GEMM multiplies. Only its checksum is sent;
-            the engine dequantises the bytes and must arrive at the same.
-    """
-    if tuple(values.shape) != packed.shape:
-        raise ValueError(f"{name}: the learner's values are {tuple(values.shape)}; the packed tensor is {packed.shape}")
-    parts = packed.parts()
-    checksums = {part: part_checksum(part, tensor) for part, tensor in (parts | {VALUES: values}).items()}
-    return TensorEntry(name, "mx", packed.shape, {part: as_array(tensor) for part, tensor in parts.items()}, checksums)
-
-
-def as_array(tensor: Tensor) -> np.ndarray:
-    """The tensor's memory as a numpy array, bfloat16 as uint16. TypeError for other dtypes than are ever sent."""
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy()
-    if tensor.dtype not in (torch.float32, torch.uint8):
-        raise TypeError(f"weights are sent as float32, bfloat16 or packed uint8, not as {tensor.dtype}")
-    return tensor.numpy()
-
-
 def as_tensor(array: np.ndarray) -> Tensor:
-    """Inverse of ``as_array``: a tensor on the array's memory. Read it only: the array may be shared and read-only."""
+    """A tensor on the array's memory; uint16 is bfloat16. Read it only: the array may be shared and read-only."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
-
-
-def payload_of(version: int, recipes: dict[str, object], entries: Iterable[TensorEntry]) -> WeightPayload:
-    """Put a payload together from arrays, as it stands: nothing is checked, checksums are those of the entries."""
-    entries = in_matrix_order(entries)
-    manifest = arrange(map(_outline, entries))
-    buckets = tuple(np.zeros(bucket.nbytes, np.uint8) for bucket in manifest.buckets)
-    for tensor, entry in zip(manifest.tensors, entries, strict=True):
-        for part, place in tensor.parts.items():
-            data = np.ascontiguousarray(entry.parts[part]).reshape(-1).view(np.uint8)
-            buckets[place.bucket][place.offset : place.offset + len(data)] = data
-    sums = [value for entry in entries for value in entry.checksums.values()]
-    return WeightPayload(version, recipes, manifest, np.array(sums, dtype=np.uint64), buckets)
-
-
-def _outline(entry: TensorEntry) -> Outline:
-    by_dtype: dict[np.dtype[Any], BucketKind] = {dtype: kind for kind, dtype in BUCKET_DTYPES.items()}
-    parts = {
-        part: (bytes_kind(part) if array.dtype == np.uint8 else by_dtype[array.dtype], array.shape)
-        for part, array in entry.parts.items()
-    }
-    return Outline(entry.name, entry.kind, entry.shape, parts, tuple(entry.checksums))
-
-
-def gather_entries(payloads: Iterable[WeightPayload]) -> dict[str, TensorEntry]:
-    """All ranks' entries by name. ParityError when two ranks send the same tensor."""
-    payloads = list(payloads)
-    refuse_repeats(payload.manifest for payload in payloads)
-    return {entry.name: entry for payload in payloads for entry in payload.entries}
 
 
 def learner_checksums(payloads: Iterable[WeightPayload]) -> PartSums:

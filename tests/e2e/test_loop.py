@@ -30,10 +30,11 @@ from mxdist.observe.ledger import Ledger, check_ledger
 from mxdist.observe.loggers import Loggers
 from mxdist.observe.rollout_files import RolloutFiles
 from mxdist.sync.parity import compare_checksums
-from mxdist.sync.payload import learner_checksums, payload_of
+from mxdist.sync.payload import learner_checksums
 from mxdist.tasks.base import Cursor, Task
 from mxdist.tasks.registry import make_task
 from tests.e2e.command import QUICKSTART, SHORT
+from tests.sync.entries import payload_of
 
 
 @dataclass(frozen=True)

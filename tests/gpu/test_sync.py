@@ -13,8 +13,9 @@ from mxdist.config import Config
 from mxdist.errors import ParityError, ProcessDied, RunStopped
 from mxdist.messages import ChangedBlocks, SharedBuckets, Transport, WeightPayload
 from mxdist.sync.parity import compare_checksums
-from mxdist.sync.payload import PartSums, as_array, learner_checksums
+from mxdist.sync.payload import PartSums, learner_checksums
 from mxdist.sync.shared import Probe, handle_of
+from tests.sync.entries import as_array
 from tools.bench.sync import SHAPES
 from tools.bench.sync_sides import EngineSide, LearnerSide
 

@@ -11,7 +11,7 @@ from mxdist.model.recipes import ModelRecipes
 from mxdist.model.shape import ModelShape
 from mxdist.quant.recipe import Operand, Recipe
 from mxdist.quant.reference import fake_quantise, quantise
-from mxdist.sync.payload import dense_entry, mx_entry, payload_of
+from tests.sync.entries import dense_entry, mx_entry, payload_of
 
 
 def operand_of(name: str, recipes: ModelRecipes) -> Operand | None:

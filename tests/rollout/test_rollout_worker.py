@@ -15,7 +15,7 @@ from mxdist.model.shape import ModelShape
 from mxdist.quant.policy import RecipePolicy
 from mxdist.rollout.worker import RolloutWorker
 from mxdist.sync.parity import compare_checksums, compare_modules
-from mxdist.sync.payload import learner_checksums, payload_of
+from mxdist.sync.payload import learner_checksums
 from tests.rollout.comparing import answers, logprob_differences, sync
 from tests.rollout.engine_process import EngineProcess
 from tests.rollout.reference_model import (
@@ -24,6 +24,7 @@ from tests.rollout.reference_model import (
     random_tensors,
     reference_model,
 )
+from tests.sync.entries import payload_of
 
 MIXED = {
     "recipe": "mxfp4_mbs_of",

@@ -24,7 +24,8 @@ from mxdist.messages import BroadcastBuckets, Bucket, Manifest, Meeting
 from mxdist.rollout.loading import WeightLoader
 from mxdist.sync.broadcast import Meetings, Receiver, Sender, _Failed, _Party
 from mxdist.sync.parity import compare_checksums
-from mxdist.sync.payload import as_array, learner_checksums
+from mxdist.sync.payload import learner_checksums
+from tests.sync.entries import as_array
 from tools.bench.sync import SHAPES
 from tools.bench.sync_sides import EngineSide, LearnerSide
 
