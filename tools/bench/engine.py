@@ -3,8 +3,8 @@
 The engine of a run, vLLM and its sampling included, with random weights: answers of one length to short prompts, for
 batches of several sizes. Each recipe has a process of its own. Needs a GPU, but for --model tiny.
 
-    gpu_ms       what the GPU is busy in a step of a short answer, its share of reading the prompts included
-    kernels      those that take longest: name, how many, and microseconds a step
+    gpu_ms       what the GPU is busy in a step of a short answer
+    kernels      those that take longest in it, prompts included: name, how many, and microseconds a step
     step_ms      one step of the engine: scheduling, the model, sampling, log-probabilities
     prompts_ms   the step before them, which reads the prompts kernel by kernel and draws the first tokens
 """
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from mxdist.config.schema import Config, ModelConfig
+from mxdist.doctor.memory import kv_bytes_per_token
 from mxdist.messages import Noise, Prompt, RolloutRequest, SamplingSettings
 from mxdist.model.shape import ModelShape
 from mxdist.quant.backend import quantise
@@ -116,15 +117,7 @@ def measure(arguments: argparse.Namespace, recipe: str) -> dict[str, Any]:
     """What one engine holds, and how fast it decodes."""
     vocabulary, settings = MODELS[arguments.model]
     model = ModelConfig(**{**COMMON, **settings})
-    most = max(arguments.batches)
-    config = Config(
-        model=model,
-        recipe=recipe,
-        learner={"ranks": 1, "expert_parallel": 1},
-        rollout={
-            "max_sequences": most, "max_new_tokens": ANSWER, "kv_cache_mib": 1024, "cuda_graphs": not arguments.eager
-        },
-    )  # fmt: skip
+    config = _config(model, recipe, max(arguments.batches), not arguments.eager)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         shape = ModelShape(model, vocabulary, None, (vocabulary,), 0)  # a stop token that is never drawn
@@ -147,6 +140,14 @@ def measure(arguments: argparse.Namespace, recipe: str) -> dict[str, Any]:
     }
     worker.shutdown()
     return found
+
+
+def _config(model: ModelConfig, recipe: str, sequences: int, cuda_graphs: bool) -> Config:
+    """With room for the keys and values of all: sequences that are put off are computed twice."""
+    rollout = {"max_sequences": sequences, "max_new_tokens": ANSWER, "cuda_graphs": cuda_graphs}
+    config = Config(model=model, recipe=recipe, learner={"ranks": 1, "expert_parallel": 1}, rollout=rollout)
+    room = 256 + sequences * (PROMPT + ANSWER + 32) * kv_bytes_per_token(config) // 2**20
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"kv_cache_mib": room})})
 
 
 def fill(worker: RolloutWorker) -> None:
@@ -184,22 +185,30 @@ def _seconds(worker: RolloutWorker, prompts: tuple[Prompt, ...], length: int) ->
     lengths = {len(group.samples[0].tokens) for result in results for group in result.groups}
     if lengths != {length}:
         raise RuntimeError(f"answers have {sorted(lengths)} tokens, not {length}")
+    if any(result.preemptions for result in results):
+        raise RuntimeError(f"{len(prompts)} answers did not fit the KV cache: times would be those of computing twice")
     return min(result.seconds for result in results)
 
 
 def _kernels(worker: RolloutWorker, prompts: tuple[Prompt, ...]) -> dict[str, Any]:
-    """What the GPU does in a step, of a short answer; empty without a GPU."""
+    """What the GPU does in a step; empty without a GPU."""
     if not torch.cuda.is_available():
         return {}
-    request = RolloutRequest(0, prompts, SamplingSettings(1, 1.0, PROFILED, 0), Noise(0.0, 0))
+    first, whole = (_profile(worker, prompts, length) for length in (1, PROFILED))
+    busy = sum(kernel.self_device_time_total for kernel in whole) - sum(k.self_device_time_total for k in first)
+    kernels = sorted(whole, key=lambda kernel: -kernel.self_device_time_total)
+    return {
+        "gpu_ms": busy / (PROFILED - 1) / 1e3,
+        "kernels": [[k.key[:90], k.count, round(k.self_device_time_total / PROFILED, 1)] for k in kernels[:20]],
+    }
+
+
+def _profile(worker: RolloutWorker, prompts: tuple[Prompt, ...], length: int) -> Any:
+    request = RolloutRequest(0, prompts, SamplingSettings(1, 1.0, length, 0), Noise(0.0, 0))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         worker.generate(request)
         torch.cuda.synchronize()
-    kernels = sorted(profile.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
-    return {
-        "gpu_ms": sum(kernel.self_device_time_total for kernel in kernels) / PROFILED / 1e3,
-        "kernels": [[k.key[:90], k.count, round(k.self_device_time_total / PROFILED, 1)] for k in kernels[:20]],
-    }
+    return profile.key_averages()
 
 
 if __name__ == "__main__":
