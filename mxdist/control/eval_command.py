@@ -55,9 +55,10 @@ def evaluate(path: Path, samples: int, temperature: float | None, overrides: lis
             )
             console.note(f"step {subject.step}, recipe {recipe}: {_in_a_line(task, scored, decoding)}")
         results = {recipe: estimates(task, scored, decoding) for recipe, scored in answers.items()}
-        console.note(f"step {subject.step}, {len(task.eval_prompts())} problems, {decoding}; {ERRORS}")
+        console.note(f"step {subject.step}, {len(task.eval_prompts())} problems, {decoding}")
         for line in table(results, paired_differences(answers, decoding)):
             console.note(line)
+        console.note(ERRORS)
         for file in files:
             console.note(f"answers: {file}")
         return results

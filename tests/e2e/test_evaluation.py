@@ -53,6 +53,7 @@ def test_an_untrained_checkpoint_is_evaluated_with_standard_errors(outcome: Outc
     assert (outcome.code, outcome.err) == (0, "")
     assert "step 0, 4 problems, 3 answers each at temperature 0.9" in outcome.out
     table = outcome.out.partition("at temperature 0.9\n")[2].splitlines()
+    assert "+-: one standard error (of shares Wilson's)" in table
     assert [line for line in table if line.startswith(("mxfp4", "bf16"))] == [
         "mxfp4",
         "bf16",
