@@ -1,6 +1,6 @@
 """Writes the checkpoints of a run while training goes on, one at a time.
 
-    begin -> the ranks fork writers -> (training) -> look -> checksums in a thread -> (training) -> look: complete
+    begin -> the ranks begin to write -> (training) -> look -> checksums in a thread -> (training) -> look: complete
 
 A checkpoint that cannot be written is given up with a warning: the run goes on, and the earlier checkpoint stays.
 """

@@ -3,10 +3,10 @@
 The engine of a run, vLLM and its sampling included, with random weights: answers of one length to short prompts, for
 batches of several sizes. Each recipe has a process of its own. Needs a GPU, but for --model tiny.
 
-    gpu_ms       what the GPU is busy in a step of a short answer
+    gpu_ms       what kernels take in a step of a short answer; they may overlap
     kernels      those that take longest in it, prompts included: name, how many, and microseconds a step
-    step_ms      one step of the engine: scheduling, the model, sampling, log-probabilities
-    prompts_ms   the step before them, which reads the prompts kernel by kernel and draws the first tokens
+    step_ms      one step of the engine, the median: scheduling, the model, sampling, log-probabilities
+    prompts_ms   a call for answers of one token, which reads the prompts kernel by kernel
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ import tempfile
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 
 from mxdist.config.schema import Config, ModelConfig
 from mxdist.doctor.memory import kv_bytes_per_token
-from mxdist.messages import Noise, Prompt, RolloutRequest, SamplingSettings
+from mxdist.messages import Noise, Prompt, RolloutRequest, RolloutResult, SamplingSettings
 from mxdist.model.shape import ModelShape
 from mxdist.quant.backend import quantise
 from mxdist.rollout.live_weight import LiveWeight
@@ -56,6 +59,8 @@ PROMPT, ANSWER = 16, 128
 PROFILED = 32
 """Tokens of an answer whose kernels are looked at."""
 REPEATS = 3
+FIRST = 8
+"""Steps of an answer before those that count."""
 
 
 def main() -> None:
@@ -167,27 +172,46 @@ def fill(worker: RolloutWorker) -> None:
 
 
 def decode(worker: RolloutWorker, batch: int, vocabulary: int) -> dict[str, Any]:
-    """The fastest of some calls, after one that is not counted."""
+    """Of some calls, after one that is not counted."""
     generator = torch.Generator().manual_seed(batch)
     prompts = tuple(
         Prompt(str(i), tuple(torch.randint(vocabulary, (PROMPT,), generator=generator).tolist()), "")
         for i in range(batch)
     )
-    whole, prompts_alone = (_seconds(worker, prompts, length) for length in (ANSWER, 1))
-    step = (whole - prompts_alone) / (ANSWER - 1)
-    found = {"tokens_per_s": batch / step, "step_ms": step * 1e3, "prompts_ms": prompts_alone * 1e3}
+    step = median(_step_seconds(worker, prompts))
+    alone = min(_answers(worker, prompts, 1).seconds for _ in range(REPEATS))
+    found = {"tokens_per_s": batch / step, "step_ms": step * 1e3, "prompts_ms": alone * 1e3}
     return found | _kernels(worker, prompts)
 
 
-def _seconds(worker: RolloutWorker, prompts: tuple[Prompt, ...], length: int) -> float:
-    request = RolloutRequest(0, prompts, SamplingSettings(1, 1.0, length, 0), Noise(0.0, 0))
-    results = [worker.generate(request) for _ in range(REPEATS + 1)][1:]
-    lengths = {len(group.samples[0].tokens) for result in results for group in result.groups}
+def _step_seconds(worker: RolloutWorker, prompts: tuple[Prompt, ...]) -> list[float]:
+    """Of every step of some calls but the first ones, in which prompts are read: their time differs from call to call
+    by more than decoding does."""
+    client = worker._engine._llm.llm_engine.engine_core
+    ends, step = list[float](), client.get_output
+
+    def timed() -> Any:
+        output = step()
+        ends.append(time.perf_counter())
+        return output
+
+    seconds = list[float]()
+    with mock.patch.object(client, "get_output", timed):
+        for call in range(REPEATS + 1):
+            ends.clear()
+            _answers(worker, prompts, ANSWER)
+            seconds += [after - before for before, after in pairwise(ends[FIRST:])] if call else []
+    return seconds
+
+
+def _answers(worker: RolloutWorker, prompts: tuple[Prompt, ...], length: int) -> RolloutResult:
+    result = worker.generate(RolloutRequest(0, prompts, SamplingSettings(1, 1.0, length, 0), Noise(0.0, 0)))
+    lengths = {len(group.samples[0].tokens) for group in result.groups}
     if lengths != {length}:
         raise RuntimeError(f"answers have {sorted(lengths)} tokens, not {length}")
-    if any(result.preemptions for result in results):
+    if result.preemptions:
         raise RuntimeError(f"{len(prompts)} answers did not fit the KV cache: times would be those of computing twice")
-    return min(result.seconds for result in results)
+    return result
 
 
 def _kernels(worker: RolloutWorker, prompts: tuple[Prompt, ...]) -> dict[str, Any]:
@@ -204,9 +228,8 @@ def _kernels(worker: RolloutWorker, prompts: tuple[Prompt, ...]) -> dict[str, An
 
 
 def _profile(worker: RolloutWorker, prompts: tuple[Prompt, ...], length: int) -> Any:
-    request = RolloutRequest(0, prompts, SamplingSettings(1, 1.0, length, 0), Noise(0.0, 0))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        worker.generate(request)
+        _answers(worker, prompts, length)
         torch.cuda.synchronize()
     return profile.key_averages()
 
