@@ -28,6 +28,7 @@ from mxdist.learner.policy import Finish, Policy
 from mxdist.model.attention import Packing
 from mxdist.model.draws import GradientDraws
 from mxdist.model.quantised_weight import forget_before_step, requantise
+from mxdist.quant.transfer import sent
 
 
 class MegatronPolicy(Policy):
@@ -98,7 +99,7 @@ class MegatronPolicy(Policy):
 
         def forward_step(data: Any, model: torch.nn.Module) -> tuple[Tensor, Callable]:
             index, part = next(data)
-            tokens = torch.from_numpy(part.tokens).to(self._device).unsqueeze(0)  # [1, tokens]
+            tokens = sent(torch.from_numpy(part.tokens), self._device).unsqueeze(0)  # [1, tokens]
             packing = Packing(part.packed_lengths, self._device, index)
             with self.forwards.running():
                 output = model(tokens, packing.positions.unsqueeze(0), attention_mask=None, packed_seq_params=packing)

@@ -22,6 +22,7 @@ from mxdist.learner.policy import Finish, Policy
 from mxdist.model.draws import GradientDraws
 from mxdist.model.packing import PackedSequences
 from mxdist.model.quantised_weight import forget_before_step, requantise
+from mxdist.quant.transfer import sent
 
 BUCKET = 200_000_000
 """Numbers that DeepSpeed reduces or gathers together, at most."""
@@ -69,7 +70,7 @@ class ZeroPolicy(Policy):
         self._update = self.updates
         ranks, results = torch.distributed.get_world_size(), []
         for index, part in enumerate(parts):
-            tokens = torch.from_numpy(part.tokens).to(self._device).unsqueeze(0)  # [1, tokens]
+            tokens = sent(torch.from_numpy(part.tokens), self._device).unsqueeze(0)  # [1, tokens]
             packing = PackedSequences(part.packed_lengths, self._device, index)
             self.engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
             with self.forwards.running():

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mxdist.quant.transfer import sent
+
 
 class PackedSequences:
     """Sequences of ``lengths`` tokens, one after the other, in one row.
@@ -21,16 +23,19 @@ class PackedSequences:
         self._device = device
 
     @cached_property
+    def _on_device(self) -> Tensor:
+        """The lengths, int64 [sequences]."""
+        return sent(torch.tensor(self.lengths, dtype=torch.int64), self._device)
+
+    @cached_property
     def starts(self) -> Tensor:
         """Of each sequence and, last, the number of tokens, int32 [sequences + 1]."""
-        lengths = torch.tensor((0, *self.lengths), dtype=torch.int64, device=self._device)
-        return lengths.cumsum(0).to(torch.int32)
+        return F.pad(self._on_device.cumsum(0), (1, 0)).to(torch.int32)
 
     @cached_property
     def positions(self) -> Tensor:
         """Of each token in its sequence, int64 [tokens]."""
-        lengths = torch.tensor(self.lengths, device=self._device)
-        first = self.starts[:-1].repeat_interleave(lengths, output_size=sum(self.lengths))
+        first = self.starts[:-1].repeat_interleave(self._on_device, output_size=sum(self.lengths))
         return torch.arange(sum(self.lengths), device=self._device) - first
 
     @property
@@ -40,16 +45,15 @@ class PackedSequences:
     @cached_property
     def padded_from(self) -> Tensor:
         """The token that each place of the right-padded [sequences, longest] holds; padding repeats the last one."""
-        lengths = torch.tensor(self.lengths, device=self._device)
         places = torch.arange(max(self.lengths), device=self._device)
-        return (self.starts[:-1, None] + torch.minimum(places, lengths[:, None] - 1)).flatten()
+        return (self.starts[:-1, None] + torch.minimum(places, self._on_device[:, None] - 1)).flatten()
 
     @cached_property
     def padded_to(self) -> Tensor:
         """The place of each token in the right-padded [sequences, longest], flat, int64 [tokens]."""
-        lengths = torch.tensor(self.lengths, device=self._device)
         row = torch.arange(len(self.lengths), device=self._device)
-        return row.repeat_interleave(lengths) * max(self.lengths) + self.positions
+        rows = row.repeat_interleave(self._on_device, output_size=sum(self.lengths))
+        return rows * max(self.lengths) + self.positions
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, packing: PackedSequences) -> Tensor:
