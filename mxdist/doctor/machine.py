@@ -82,10 +82,16 @@ def check_disk(free: int, writable: bool, folder: Path, config: Config | None) -
 
 
 def check_host_memory(available: int, config: Config) -> Finding:
-    """Host memory of a run on GPUs: the weights on their way to the engines, and those that engines keep there."""
+    """Host memory of a run on GPUs: the weights on their way to the engines, those that engines keep there, and the
+    state that a checkpoint is written from while training goes on (DeepSpeed's is written at once; over several
+    machines each has a part)."""
     kept = config.rollout.workers * config.rollout.tensor_parallel if config.sync.transport == "delta" else 0
-    size = (SYNC_COPIES + kept) * sync_bytes(config)
-    shown = f"{available / GIB:.1f} GiB available; a weight sync takes {size / GIB:.2f} GiB"
-    if size > available:
-        return failure("host memory", shown, "use a machine with more memory")
+    sync = (SYNC_COPIES + kept) * sync_bytes(config)
+    alone = config.learner.backend == "megatron" and config.cluster.address is None
+    state = checkpoint_bytes(config) if alone else 0
+    shown = f"{available / GIB:.1f} GiB available; a weight sync takes {sync / GIB:.2f} GiB"
+    if state:
+        shown += f", a checkpoint under way {state / GIB:.2f} GiB"
+    if sync + state > available:
+        return failure("host memory", shown, "use a machine with more memory, or several")
     return ok("host memory", shown)

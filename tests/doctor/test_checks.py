@@ -175,10 +175,14 @@ def test_a_disk_too_small_for_checkpoints_is_said(tmp_path: Path) -> None:
     assert machine.existing_parent(tmp_path / "not" / "yet") == tmp_path
 
 
-def test_host_memory_has_to_hold_a_weight_sync(tmp_path: Path) -> None:
+def test_host_memory_has_to_hold_a_weight_sync_and_what_a_checkpoint_is_written_from(tmp_path: Path) -> None:
     config = load(DENSE, tmp_path)
-    assert machine.check_host_memory(4 * GIB, config).status == "would fail"
-    assert machine.check_host_memory(100 * GIB, config).status == "ok"
+    state = machine.checkpoint_bytes(config)
+    assert machine.check_host_memory(state, config).status == "would fail"
+    assert machine.check_host_memory(state + 10 * GIB, config).status == "ok"
+    between_hosts = load(DENSE, tmp_path, "cluster.address=auto")
+    assert machine.check_host_memory(state, between_hosts).status == "ok"
+    assert machine.check_host_memory(2 * GIB, between_hosts).status == "would fail"
 
 
 def test_a_checkpoint_without_its_weights_fails(tmp_path: Path) -> None:

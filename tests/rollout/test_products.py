@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mxdist.quant.kernels.options import TILE_ROWS
 from mxdist.quant.linear import mx_linear
 from mxdist.quant.recipe import Operand, Recipe, get_recipe
 from mxdist.quant.reference import quantise
@@ -29,8 +30,9 @@ def test_few_rows_are_multiplied_with_the_bytes_as_they_are(recipe: str) -> None
         assert choose(get_recipe(recipe), SHAPE, rows, AMPERE) is Product.DECODE
     assert choose(get_recipe(recipe), SHAPE, 65, AMPERE) is not Product.DECODE
     in_tiles = recipe in ("mxfp4", "mxfp4_mbs")  # FP8 from nibbles, of weights and rows that are one term
-    assert (choose(get_recipe(recipe), SHAPE, 65, HOPPER) is Product.DECODE) == in_tiles
-    assert choose(get_recipe(recipe), SHAPE, 129, HOPPER) is not Product.DECODE
+    for rows in (65, TILE_ROWS):
+        assert (choose(get_recipe(recipe), SHAPE, rows, HOPPER) is Product.DECODE) == in_tiles
+    assert choose(get_recipe(recipe), SHAPE, TILE_ROWS + 1, HOPPER) is not Product.DECODE
 
 
 def test_many_rows_run_in_fp8_where_device_and_operands_allow() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
+from mxdist.quant.kernels.options import DECODE_ROWS, TILE_ROWS
 from mxdist.quant.recipe import Operand, get_recipe
 from mxdist.quant.reference import fake_quantise, quantise
 from mxdist.rollout import products
@@ -43,7 +44,9 @@ def assert_near(got: Tensor, x_q: Tensor, values: Tensor) -> None:
     assert ((got.double() - wanted).abs() <= 2.0**-7 * wanted.abs() + 2.0**-10 * most).all()
 
 
-@pytest.mark.parametrize(("recipe", "rows"), [("mxfp4", 1), ("mxfp4_mbs", 64), ("mxfp4_mbs_of", 2), ("mxfp4_mbs", 65)])
+@pytest.mark.parametrize(
+    ("recipe", "rows"), [("mxfp4", 1), ("mxfp4_mbs", 64), ("mxfp4_mbs_of", 2), ("mxfp4_mbs", 65), ("mxfp4", 257)]
+)
 def test_a_linear_on_bytes_multiplies_the_quantised_numbers(recipe: str, rows: int) -> None:
     chosen = get_recipe(recipe)
     assert chosen.x_fwd is not None
@@ -51,7 +54,7 @@ def test_a_linear_on_bytes_multiplies_the_quantised_numbers(recipe: str, rows: i
     weight, x = filled(chosen.w, 128, 256), matrix(rows, 256, seed=1)
     device = products.abilities(DEVICE)
     few = products.choose(chosen, weight.shape, rows, device) is Product.DECODE
-    assert few == (rows <= (128 if device.fp8 and recipe != "mxfp4_mbs_of" else 64))
+    assert few == (rows <= (TILE_ROWS if device.fp8 and recipe != "mxfp4_mbs_of" else DECODE_ROWS))
     bias = torch.ones(128, dtype=torch.bfloat16, device=DEVICE)
     values = weight.packed().dequantise()
     assert torch.equal(live_values(weight), values.bfloat16())
