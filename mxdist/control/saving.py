@@ -21,7 +21,7 @@ from mxdist.control.checkpoints import AHEAD, CheckpointStore, ControllerState
 from mxdist.control.collect import SavedBatch
 from mxdist.control.groups import LearnerGroup
 from mxdist.control.records import write_records
-from mxdist.errors import CheckpointFailed
+from mxdist.errors import CheckpointFailed, RollBack
 from mxdist.model.recipes import model_recipes
 from mxdist.observe.run_directory import CONFIG_FILE, LEARNER_FOLDER
 from mxdist.packages import installed
@@ -118,6 +118,8 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if isinstance(error, RollBack):  # to the same ranks, which cannot write two checkpoints at a time
+            self.finish()
         self._thread.shutdown(wait=True)
 
 

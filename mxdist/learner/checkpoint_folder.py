@@ -76,8 +76,9 @@ def raise_if_other_stage(directory: Path, stage: int) -> None:
 def raise_if_other_model(directory: Path, shape: ModelShape) -> None:
     """UserError when the folder holds another model than ``shape``."""
     saved, wanted = json.loads((directory / SHAPE_FILE).read_text()), _description(shape)
-    # How weights were first drawn, and in which type they are computed with, is not part of a model's shape.
-    keys = [key for key in wanted if key not in ("initializer_range", "dtype") and saved.get(key) != wanted[key]]
+    # Where weights came from or how they were drawn, and in which type they are computed with, is not a model's shape.
+    other = ("path", "initializer_range", "dtype")
+    keys = [key for key in wanted if key not in other and saved.get(key) != wanted[key]]
     if keys:
         differences = ", ".join(f"{key} {saved.get(key)} there and {wanted[key]} here" for key in keys)
         raise UserError(

@@ -1,14 +1,15 @@
 """Who writes a checkpoint while training goes on, and where its state is meanwhile.
 
     on a CPU    a forked process: its memory is the state of that moment, and nothing is copied
-    on a GPU    a thread, from copies on the host: a process that has used CUDA can only be forked by one that never
-                lets go of pinned memory, or its child ends, or waits for ever, in the destructor
+    on a GPU    a thread, from copies on the host: the child of a process that uses CUDA must not touch anything of it,
+                and ends, or waits for ever, where it only lets go of pinned memory
 
 Both are given what Megatron has planned to write, [(file, name, (objects, tensors))], without its tensors' values.
 """
 
 import contextlib
 import ctypes
+import inspect
 import os
 import queue
 import signal
@@ -46,21 +47,14 @@ class ThreadWriter:
     """Writes in a thread of this process."""
 
     def __init__(self) -> None:
-        # One that Megatron makes is for other processes, and a process itself.
-        filesystem_async._results_queue = filesystem_async._results_queue or queue.SimpleQueue()
         self.calls = AsyncCallsQueue(persistent=True)
         self.calls.persistent_caller = _Thread()
 
     def take(self, request: AsyncRequest, values: Values) -> AsyncRequest:
         """The request, with copies of ``values``, which may change when this returns."""
         _, buckets, results = request.async_fn_args
-        # Memory that is pinned, by non_blocking: the GPU writes into it while the next copy is begun.
-        buckets = _with_tensors(
-            buckets,
-            values,
-            lambda found: [(item, each.to("cpu", non_blocking=True, copy=True)) for item, each in found],
-        )
-        torch.cuda.synchronize()
+        # Not pinned, which would be faster: torch takes powers of two for it, and keeps them to the end of the run.
+        buckets = _with_tensors(buckets, values, _copied)
         (transforms, _) = request.async_fn.args
         return request._replace(async_fn=_in_turn, async_fn_args=[transforms, buckets, results], preload_fn=None)
 
@@ -91,6 +85,9 @@ class _Thread(AsyncCaller):
             self._thread.join()
             self._thread = None
 
+    def __del__(self) -> None:  # Megatron's own raises
+        pass
+
 
 def _with_tensors(
     buckets: list[Any],
@@ -105,15 +102,19 @@ def _with_tensors(
     return [(file, name, (objects, how(found(planned)))) for file, name, (objects, planned) in buckets]
 
 
+def _copied(found: list[tuple[Any, torch.Tensor]]) -> list[tuple[Any, torch.Tensor]]:
+    return [(item, each.to("cpu", copy=True)) for item, each in found]
+
+
 def _in_turn(transforms: list[Any], buckets: list[Any], results: Any) -> None:
     """Write one file after the other; what Megatron's writer says of all, or one failure, goes to ``results``."""
+    # Megatron's function turns Python's garbage collector off: good for a child, not for a process that trains.
+    write = inspect.unwrap(filesystem_async.FileSystemWriterAsync.write_preloaded_data)
     said: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
     counted: queue.Queue[int] = queue.Queue()
     for number, bucket in enumerate(buckets):
         counted.put(number)
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-            transforms, number, bucket, said, counted, use_fsync=True
-        )
+        write(transforms, number, bucket, said, counted, use_fsync=True)
     written = dict(said.get() for _ in buckets)
     results.put(next(_failures(written), written))
 

@@ -68,11 +68,13 @@ def abilities(device: torch.device) -> Abilities:
     return Abilities(triton, triton and device_lacks(device) is None)
 
 
-def choose(recipe: Recipe, shape: tuple[int, int], rows: int, device: Abilities) -> Product:
-    """How ``rows`` rows are multiplied with a packed weight of ``shape`` [outputs, inputs]."""
+def choose(
+    recipe: Recipe, shape: tuple[int, int], rows: int, device: Abilities, dtype: torch.dtype = torch.bfloat16
+) -> Product:
+    """How ``rows`` rows of ``dtype`` are multiplied with a packed weight of ``shape`` [outputs, inputs]."""
     if recipe.w is None or not device.triton or missing_in_packed(recipe.w) is not None:
         return Product.EXPANDED
-    in_tiles = device.fp8 and runs_in_tiles(recipe.w, shape[1], recipe.x_fwd)
+    in_tiles = device.fp8 and dtype != torch.float32 and runs_in_tiles(recipe.w, shape[1], recipe.x_fwd)
     if rows <= (TILE_ROWS if in_tiles else DECODE_ROWS):
         return Product.DECODE
     # The plan's forms for training may share scales over squares; any of them also runs with a scale per tile.
@@ -85,7 +87,7 @@ def linear(x: Tensor, weight: LiveWeight, recipe: Recipe, bias: Tensor | None, n
     if weight.values is not None:
         return mx_linear(x, weight.values, weight.values, recipe, bias, name=name, nonfinite=_nonfinite(x))
     rows = as_rows(x)
-    product = choose(recipe, weight.shape, len(rows), abilities(x.device))
+    product = choose(recipe, weight.shape, len(rows), abilities(x.device), x.dtype)
     if product is Product.EXPANDED:
         values = live_values(weight)
         return mx_linear(x, values, values, recipe, bias, name=name, nonfinite=_nonfinite(x))

@@ -33,6 +33,7 @@ def test_few_rows_are_multiplied_with_the_bytes_as_they_are(recipe: str) -> None
     for rows in (65, TILE_ROWS):
         assert (choose(get_recipe(recipe), SHAPE, rows, HOPPER) is Product.DECODE) == in_tiles
     assert choose(get_recipe(recipe), SHAPE, TILE_ROWS + 1, HOPPER) is not Product.DECODE
+    assert choose(get_recipe(recipe), SHAPE, 65, HOPPER, torch.float32) is not Product.DECODE
 
 
 def test_many_rows_run_in_fp8_where_device_and_operands_allow() -> None:

@@ -165,10 +165,10 @@ def _product(
     tiles, first_group = groups * GROUP, tl.program_id(2) * length
     column, r = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH), tl.program_id(1) * BM + tl.arange(0, BM)
     weight_row = tl.minimum(column, outputs - 1).to(tl.int64)  # beyond the end, any will do
-    shifts = tl.load(shift_table + tl.arange(0, 4))[None, :]  # from memory: Triton then loads all in one layout
     if EARLY:
         gdc_wait()  # all that is read or written from here on may be of the kernel ahead
         gdc_launch_dependents()  # not sooner: kernels that wait would pile up and take the room of this one
+    shifts = tl.load(shift_table + tl.arange(0, 4))[None, :]  # from memory: Triton then loads all in one layout
     group = tl.arange(0, GROUP)[None, :]
     byte_pointers = codes + weight_row[:, None] * (tiles * 64) + tl.arange(0, 64)[None, :]
     word_pointers = scale_words + weight_row[:, None] * tiles + group
