@@ -14,7 +14,7 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -116,11 +116,8 @@ def _in_turn(transforms: list[Any], buckets: list[Any], results: Any) -> None:
         counted.put(number)
         write(transforms, number, bucket, said, counted, use_fsync=True)
     written = dict(said.get() for _ in buckets)
-    results.put(next(_failures(written), written))
-
-
-def _failures(written: dict[int, Any]) -> Iterator[Exception]:
-    return (result for result in written.values() if isinstance(result, Exception))
+    failures = [each for each in written.values() if isinstance(each, Exception)]
+    results.put(failures[0] if failures else written)
 
 
 def _in_child(write: Callable[..., None], *arguments: Any, **options: Any) -> None:

@@ -42,7 +42,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class _OnDevice:
-    """The same before it is read."""
+    """The same before it is read. ``loss`` shares memory with the loss itself: no backend may change that in place."""
 
     logprobs: Tensor  # float32 [rows, length]
     entropy: TokenSum

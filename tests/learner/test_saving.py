@@ -1,11 +1,14 @@
 """A checkpoint is written beside training, and holds what Megatron's own, for which training waits, would hold."""
 
+import gc
 import os
 import shutil
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 
 import pytest
 
@@ -121,3 +124,21 @@ def test_a_checkpoint_that_cannot_be_written_says_so_and_the_next_one_is_whole(
         learners.call("save", kept)
         assert learners.call("save_finished", True) == [True, True]
     assert any("exp_avg_sq" in name for name in stored(kept))
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_the_garbage_collector_goes_on_while_a_thread_writes_and_a_writer_ends_quietly(tmp_path: Path) -> None:
+    pipe, results = tmp_path / "pipe", SimpleQueue[object]()
+    os.mkfifo(pipe)  # opening it to write waits for who reads
+    thread = Thread(target=write_in_turn, args=([], [(str(pipe), "pipe", ([], []))], results))
+    thread.start()
+    time.sleep(0.2)
+    assert thread.is_alive()
+    assert gc.isenabled()
+    pipe.read_bytes()
+    thread.join()
+    assert isinstance(results.get(), OSError)  # a pipe cannot be brought to the disk
+    del thread
+    writer = ThreadWriter()
+    del writer
+    gc.collect()
